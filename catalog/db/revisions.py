@@ -1,6 +1,6 @@
 """Compares a database's schema revision with the migration scripts.
 
-A revision is named after its file, such as `0001_first_schema`. An unknown revision belongs to a later version,
+A revision is named after its file, such as `0001_tables`. An unknown revision belongs to a later version,
 unless a build before the first release used it: the databases of such builds cannot be upgraded.
 """
 
@@ -22,8 +22,8 @@ SCRIPTS = Path(__file__).parents[2] / "migrations"
 """Functions read this at call time, so that tests can replace it with their own scripts."""
 VERSIONS = table("alembic_version", column("version_num"))
 UNRELEASED = re.compile(
-    r"\d{4}|0001_(initial|first_release|initial_schema)|0002_inference|0003_batches|0004_reproduction|0005_serving"
-    r"|0006_adapter_exports|0007_deployment_errors|0008_export_estimates|0009_export_refusals"
+    r"\d{4}|0001_(initial|first_release|initial_schema|first_schema)|0002_inference|0003_batches|0004_reproduction"
+    r"|0005_serving|0006_adapter_exports|0007_deployment_errors|0008_export_estimates|0009_export_refusals"
 )
 """Revisions of builds before the first release. If the newest script is edited before the release, add its revision."""
 TOO_NEW = "Use the version of Lorry that migrated the database, or a later one."

@@ -15,7 +15,6 @@ from sqlalchemy.orm import Session
 from catalog.audit import log
 from catalog.audit.log import AuditType
 from catalog.caller import Caller
-from catalog.db import lease
 from catalog.db.database import Database, get_once, read_clock, serialize
 from catalog.db.pagination import Page, paginate
 from catalog.errors import Conflict, NotFound, RateLimited
@@ -28,6 +27,8 @@ from catalog.tables.exports import UNFINISHED_EXPORTS, AdapterExport
 from catalog.tables.jobs import Job
 from catalog.tables.storage import Adapter, Artifact, BaseModelRow
 from catalog.tables.table import Json, new_id
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import TaskKind
 from catalog.tenancy.authentication import check_valid
 
 MAX_OPEN = 20
@@ -91,12 +92,12 @@ def create(
             base_model=model.base_model,
             base_digest=model.base_digest,
             status="queued",
-            num_attempts=0,
             expected_bytes=needed,
             num_bytes=0,
             **options,
         )
         session.add(row)
+        task_queue.add(session, TaskKind.EXPORT, row.id, project_id=row.project_id, run_after=now)
         _note(session, "adapter_export.created", row, now=now)
         return row
 
@@ -175,7 +176,7 @@ def cancel(db: Database, *, project_id: str, adapter: str, export: str) -> Adapt
 def end_unfinished(session: Session, row: AdapterExport, *, now: float) -> None:
     """Cancel an unfinished export, whose row is locked."""
     row.status, row.finished_at, row.error = "cancelled", now, None
-    lease.release(row)
+    task_queue.remove(session, TaskKind.EXPORT, row.id)
     _note(session, "adapter_export.cancelled", row, now=now)
 
 

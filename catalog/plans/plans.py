@@ -14,7 +14,6 @@ from sqlalchemy.orm import Session
 
 from catalog.admission.accept import Accepted, accept, find_cautions, job_row, resolve_targets
 from catalog.admission.target_layers import Targets, retried
-from catalog.db import lease
 from catalog.db.database import Database, read_clock, serialize
 from catalog.db.pagination import Page, paginate
 from catalog.errors import Conflict, Forbidden, NotFound
@@ -25,6 +24,8 @@ from catalog.storage import quota, token_cache
 from catalog.tables.plans import FileOverlap, Plan
 from catalog.tables.storage import BaseModelRow, File, Prepared
 from catalog.tables.table import Json, new_id
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import TaskKind
 from catalog.tenancy.authentication import Caller
 from catalog.usage import ledger, quotas
 
@@ -71,6 +72,7 @@ def _create(db: Database, caller: Caller, request: JobRequest, *, settings: Sett
         if is_computed:
             quota.check_preparation(session, plan, now=now)
             ledger.add_plan(session, plan, now=now)
+            task_queue.add(session, TaskKind.PLAN, plan.id, project_id=plan.project_id, run_after=now)
         return plan
 
 
@@ -94,6 +96,7 @@ def delete(db: Database, *, project_id: str, plan_id: str) -> None:
     """Delete the plan. Jobs that were created from it stay. Raises NotFound."""
     with db.write() as session:
         session.delete(find(session, project_id=project_id, plan_id=plan_id, lock=True))
+        task_queue.remove(session, TaskKind.PLAN, plan_id)
 
 
 def details(db: Database, plan: Plan) -> FileDetails:
@@ -143,8 +146,6 @@ def conclude(
     if error is None and data is None:
         return False
     plan.state, plan.error = ("failed", error) if error else ("ready", None)
-    lease.release(plan)
-    plan.run_after = None
     if data is not None:
         accepted = _recall(session, plan, request)
         job = job_row(accepted, targets, project_id=plan.project_id, created_by=plan.created_by, now=now)
@@ -186,7 +187,6 @@ def _row(accepted: Accepted, caller: Caller, *, now: float) -> Plan:
         validation_file=validation.id if validation else None,
         train_prepared=token_cache.key_of(caller.project_id, base, accepted.training, spec),
         valid_prepared=validation and token_cache.key_of(caller.project_id, base, validation, spec),
-        num_lost=0,
     )
 
 

@@ -7,11 +7,13 @@ from sqlalchemy import Select, and_, or_, select
 
 from catalog.db import lease
 from catalog.db.database import Database, read_clock
-from catalog.registry import base_models, export_rows
 from catalog.states import JobState
 from catalog.tables.inference import MAX_CLAIMS, InferenceRequest
 from catalog.tables.jobs import Job
-from catalog.tables.plans import Plan
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import TaskKind
+
+WORKER_TASKS = (TaskKind.IMPORT, TaskKind.PLAN, TaskKind.EXPORT)
 
 
 def has_work(db: Database) -> bool:
@@ -22,19 +24,10 @@ def has_work(db: Database) -> bool:
         is_unclaimed = and_(Job.state.in_((JobState.QUEUED, JobState.VALIDATING_FILES)), Job.claim_id.is_(None))
         jobs = select(Job.id).where(is_unclaimed, is_due, or_(~Job.is_held, Job.state != JobState.QUEUED)).limit(1)
         others = (
-            base_models.first_to_import(now=now),
-            first_plan(now=now),
+            task_queue.due(WORKER_TASKS, now=now).limit(1),
             first_request(now=now),
-            export_rows.waiting(now=now).limit(1),
         )
         return any(session.scalar(some) is not None for some in (jobs, *others))
-
-
-def first_plan(*, now: float) -> Select[Plan]:
-    """The oldest plan that a worker may claim now."""
-    is_due = or_(Plan.run_after.is_(None), Plan.run_after <= now)
-    waiting = (Plan.state == "computing", lease.is_free(Plan, now=now), is_due)
-    return select(Plan).where(*waiting).order_by(Plan.created_at).limit(1)
 
 
 def first_request(*, now: float) -> Select[InferenceRequest]:

@@ -7,14 +7,13 @@ from collections.abc import Collection
 from hashlib import sha256
 from typing import Literal
 
-from sqlalchemy import ColumnElement, Select, select
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session, defer
 
 from catalog.audit import log
 from catalog.audit.log import AuditType
 from catalog.datasets.chat_templates import TEMPLATES
-from catalog.db import lease
-from catalog.db.database import Database, get_once, read_clock, serialize, skip_locked
+from catalog.db.database import Database, get_once, read_clock, serialize
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.spec.strict import LABEL, label_fault
 from catalog.states import UNFINISHED_STATES
@@ -22,7 +21,10 @@ from catalog.tables.exports import UNFINISHED_EXPORTS, AdapterExport
 from catalog.tables.jobs import Job
 from catalog.tables.storage import BaseModelRow
 from catalog.tables.table import Json
+from catalog.tables.tasks import Task
 from catalog.tables.tenancy import Project
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import TaskClaim, TaskKind
 
 KINDS = ("hub", "folder", "gguf")
 SOURCE_PATTERN = r"^[^\x00-\x1f\x7f\S]*[^\x00-\x1f\x7f\s][^\x00-\x1f\x7f]*$"
@@ -79,6 +81,7 @@ def add(
             row.state, row.error = "importing", None
         else:
             return row
+        task_queue.add(session, TaskKind.IMPORT, name, project_id=None, run_after=read_clock(session))
         template = row.chat_template
         details = {**wanted, "chat_template": template and sha256(template.encode()).hexdigest()}
         _note(session, "model.added", name, details=details)
@@ -116,7 +119,7 @@ def delete(db: Database, name: str, *, is_client_retry: bool = False) -> None:
         _note(session, "model.deleted", name, details={"digest": row.digest})
         row.state = "deleted"
         row.manifest = row.description = row.error = None
-        lease.release(row)
+        task_queue.remove(session, TaskKind.IMPORT, name)
 
 
 def _refuse_exports(session: Session, name: str) -> None:
@@ -142,9 +145,7 @@ def deleted(db: Database, digests: Collection[str]) -> set[str]:
     known yet.
     """
     with db.snapshot() as session:
-        importing = select(BaseModelRow.name).where(
-            BaseModelRow.state == "importing", BaseModelRow.claim_id.is_not(None)
-        )
+        importing = select(Task.subject).where(Task.kind == TaskKind.IMPORT, Task.claim_id.is_not(None))
         if session.scalar(importing.limit(1)) is not None:
             return set()
         of_bases = select(BaseModelRow.digest).where(BaseModelRow.digest.in_(digests))
@@ -202,42 +203,32 @@ def _known(session: Session, wanted: str) -> str:
     return f"{available} Or ask an operator to add one under this name: `lorry models add {name} SOURCE`."
 
 
-def claim_import(db: Database, *, lease_seconds: float) -> tuple[BaseModelRow, str] | None:
-    """Lease a base model that waits for its import. Returns it and the claim id, or None if none waits."""
-    with db.read() as session:  # most polls find no import, and a read transaction blocks no writer
-        if session.scalar(first_to_import(now=read_clock(session))) is None:
-            return None
+def claim_import(db: Database, *, worker_id: str, lease_seconds: float) -> tuple[BaseModelRow, TaskClaim] | None:
+    """Claim the import of a base model. Returns its row and the claim, or None if none waits."""
+    task = task_queue.claim(db, [TaskKind.IMPORT], worker_id=worker_id, lease_seconds=lease_seconds)
+    if task is None:
+        return None
+    with db.read() as session:
+        return session.get_one(BaseModelRow, task.subject), task
+
+
+def finish_import(db: Database, task: TaskClaim, *, digest: str, manifest: Json, description: Json) -> None:
+    """Mark the base model as ready. Raises StaleClaim, also if the model was deleted."""
     with db.write() as session:
-        now = read_clock(session)
-        row = session.scalar(skip_locked(first_to_import(now=now)))
-        if row is None:
-            return None
-        return row, lease.acquire(row, now=now, lease_seconds=lease_seconds)
+        row = task_queue.hold(session, task, BaseModelRow)
+        row.state, row.digest, row.manifest, row.description = "ready", digest, manifest, description
+        task_queue.finish(session, task)
 
 
-def first_to_import(*, now: float) -> Select[BaseModelRow]:
-    """The base model that has waited longest for its import."""
-    waiting = (BaseModelRow.state == "importing", lease.is_free(BaseModelRow, now=now))
-    return select(BaseModelRow).where(*waiting).order_by(BaseModelRow.created_at).limit(1)
+def fail_import(db: Database, task: TaskClaim, *, error: Json) -> None:
+    """Mark the import as failed. Adding the model again retries it. Raises StaleClaim.
 
-
-def finish_import(db: Database, claim_id: str, *, digest: str, manifest: Json, description: Json) -> bool:
-    """Mark the base model as ready. Returns False without a write if the claim is stale or the model was deleted."""
+    error: code, message and remedy.
+    """
     with db.write() as session:
-        row = lease.held(session, BaseModelRow, claim_id)
-        if row is not None:
-            row.state, row.digest, row.manifest, row.description = "ready", digest, manifest, description
-            lease.release(row)
-        return row is not None
-
-
-def fail_import(db: Database, claim_id: str, *, error: Json) -> None:
-    """Mark the import as failed. `error` has code, message and remedy. Adding the model again retries the import."""
-    with db.write() as session:
-        row = lease.held(session, BaseModelRow, claim_id)
-        if row is not None:
-            row.state, row.error = "failed", error
-            lease.release(row)
+        row = task_queue.hold(session, task, BaseModelRow)
+        row.state, row.error = "failed", error
+        task_queue.finish(session, task)
 
 
 def _note(session: Session, type: AuditType, name: str, *, details: Json) -> None:  # noqa: A002

@@ -7,15 +7,15 @@ from typing import Any
 from sqlalchemy import JSON, ForeignKey, Index, Text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from catalog.tables.table import Json, Leased, Table
+from catalog.tables.table import Json, Table
 
 UNFINISHED_EXPORTS = ("queued", "running")
 """The states of an export on which a worker works, or will work."""
 
 
-class AdapterExport(Leased, Table):
-    """An export of an adapter or checkpoint in the format of a serving engine. It is leased to the worker that makes
-    it. It belongs to the project that requested it, which may be a different one than the adapter's."""
+class AdapterExport(Table):
+    """An export of an adapter or checkpoint in the format of a serving engine. It belongs to the project that requested
+    it, which may be a different one than the adapter's."""
 
     __tablename__ = "adapter_exports"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -37,16 +37,12 @@ class AdapterExport(Leased, Table):
     """ORG/NAME on the Hugging Face Hub, to which the files are uploaded."""
     status: Mapped[str]
     """queued, running, succeeded, failed or cancelled."""
-    num_attempts: Mapped[int] = mapped_column(default=0)
-    """Workers that have begun to make it."""
-    run_after: Mapped[float | None]
     started_at: Mapped[float | None]
     finished_at: Mapped[float | None]
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     """code, message, remedy. While the export is queued: why a worker does not take it."""
-    refusals: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
-    """Workers that have too little disk space or memory for it: {since: time of the first refusal, workers: {worker:
-    time of its last refusal}}."""
+    refused_since: Mapped[float | None]
+    """When a worker first found that it has too little disk space or memory for it, since a worker last began it."""
     artifact: Mapped[str | None] = mapped_column(ForeignKey("artifacts.digest"), index=True)
     """Digest of the manifest of its files. None for the format adapter, whose files are those of the adapter."""
     expected_bytes: Mapped[int] = mapped_column(default=0, server_default="0")

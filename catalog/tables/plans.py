@@ -7,11 +7,11 @@ from typing import Any
 from sqlalchemy import JSON, ForeignKey, Index
 from sqlalchemy.orm import Mapped, mapped_column
 
-from catalog.tables.table import Json, Leased, Table
+from catalog.tables.table import Json, Table
 
 
-class Plan(Leased, Table):
-    """A dry run of a job. It is leased to the worker that computes it, and is deleted once it has expired."""
+class Plan(Table):
+    """A dry run of a job. A worker computes it, and it is deleted once it has expired."""
 
     __tablename__ = "plans"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -35,9 +35,6 @@ class Plan(Leased, Table):
     """The result, once the plan is ready."""
     error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     """code, message, param: why no job can train on these files."""
-    num_lost: Mapped[int] = mapped_column(default=0)
-    """Times that a worker was lost while it computed the plan, or failed to compute it."""
-    run_after: Mapped[float | None]
     __table_args__ = (
         Index(None, "project_id", "created_at", "id"),
         Index(None, "state", "created_at"),

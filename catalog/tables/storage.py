@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import ForeignKey, Index, Text, text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from catalog.tables.table import Json, Leased, Table
+from catalog.tables.table import Json, Table
 
 EXPIRING = text("expires_at IS NOT NULL")
 DELETED = text("deleted_at IS NOT NULL")
@@ -38,9 +38,8 @@ class File(Table):
     )
 
 
-class BaseModelRow(Leased, Table):
-    """A base model by name. Its files are imported once per digest and node. The row is leased to the worker that
-    imports it first."""
+class BaseModelRow(Table):
+    """A base model by name. Its files are imported once per digest and node."""
 
     __tablename__ = "base_models"
     name: Mapped[str] = mapped_column(primary_key=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Collection
 from typing import Any
 from typing import cast as cast_to
 
 from sqlalchemy import String, Table, cast, insert, literal, select, true
 
 from catalog.batches import commands as batches
-from catalog.db import lease
 from catalog.db.database import Database, read_clock
 from catalog.errors import Unauthorized
 from catalog.fleet import workers
@@ -29,9 +29,12 @@ from catalog.storage.store import Blob
 from catalog.tables.history import JobEvent
 from catalog.tables.inference import InferenceRequest
 from catalog.tables.jobs import Job
-from catalog.tables.storage import BaseModelRow, File, Prepared
+from catalog.tables.storage import File, Prepared
 from catalog.tables.table import new_id
+from catalog.tables.tasks import Task
 from catalog.tables.tenancy import ApiKey, Project
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import TaskClaim, TaskKind
 from catalog.tenancy import authentication, organizations, projects
 from catalog.tenancy.authentication import Caller
 from tests.catalog.prepared_data import DETAILS, REPORT
@@ -64,10 +67,24 @@ def end_key(db: Database, api_key_id: str) -> None:
         session.get_one(ApiKey, api_key_id).revoked_at = read_clock(session)
 
 
-def claim_import_of(db: Database, name: str) -> str:
-    """Claim the import of this base model, even if others wait longer. Returns the claim id."""
-    with db.write() as session:
-        return lease.acquire(session.get_one(BaseModelRow, name), now=read_clock(session), lease_seconds=LEASE)
+def claim_import_of(db: Database, name: str) -> TaskClaim:
+    """Claim the import of this base model, even if others wait longer."""
+    with db.read() as session:
+        others = session.scalars(select(Task.subject).where(Task.subject != name)).all()
+    return claim_task(db, TaskKind.IMPORT, skipping=others)
+
+
+def claim_task(db: Database, kind: TaskKind, *, worker_id: str = "w1", skipping: Collection[str] = ()) -> TaskClaim:
+    """Claim the next task of this kind, which must exist."""
+    task = task_queue.claim(db, [kind], worker_id=worker_id, lease_seconds=LEASE, skipping=skipping)
+    assert task is not None
+    return task
+
+
+def attempts(db: Database, subject: str) -> int:
+    """Return the counted attempts of an unfinished task."""
+    with db.read() as session:
+        return session.scalars(select(Task.num_attempts).where(Task.subject == subject)).one()
 
 
 class Clock:
@@ -107,8 +124,8 @@ class World:
         return name
 
     def finish_import(self, name: str, *, digest: str, description: dict[str, Any]) -> None:
-        claim_id = claim_import_of(self.db, name)
-        base_models.finish_import(self.db, claim_id, digest=digest, manifest={"files": []}, description=description)
+        task = claim_import_of(self.db, name)
+        base_models.finish_import(self.db, task, digest=digest, manifest={"files": []}, description=description)
 
     def fail_import(self, name: str, error: dict[str, Any]) -> None:
         base_models.fail_import(self.db, claim_import_of(self.db, name), error=error)

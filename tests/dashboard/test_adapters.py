@@ -13,7 +13,9 @@ from catalog.serving import deployments, endpoints
 from catalog.serving.endpoints import NewEndpoint
 from catalog.storage import files
 from catalog.tables.serving import Deployment
+from catalog.tasks.task_queue import TaskKind
 from qa.fuzz.answering import answering
+from tests.catalog.world import claim_task
 from tests.dashboard import seed
 from tests.dashboard.conftest import Visit
 from tests.dashboard.service import Service, serving
@@ -152,7 +154,7 @@ def _make_export(service: Service, folder: Path) -> None:
     """Make the waiting export, as a worker does."""
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
-    claim = claims.claim(service.seeded.db, worker_id=seed.WORKER, lease_seconds=60)
+    claim = claims.begin(service.seeded.db, claim_task(service.seeded.db, TaskKind.EXPORT))
     assert claim is not None
     done = claims.ExportResult(
         manifest=service.seeded.store.put_folder(folder, kind="export"),
@@ -160,7 +162,7 @@ def _make_export(service: Service, folder: Path) -> None:
         cost={"base_seconds": 0.1, "merged_seconds": 0.11, "num_tokens": 128, "same_operations": True},
         hub_url=None,
     )
-    claims.finish(service.seeded.db, claim.claim_id, done)
+    claims.finish(service.seeded.db, claim.task, done)
 
 
 def trained(service: Service) -> str:

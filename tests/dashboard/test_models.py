@@ -6,6 +6,7 @@ import pytest
 from playwright.sync_api import expect
 
 from catalog.registry import base_models
+from catalog.tasks.task_queue import TaskClaim
 from catalog.tenancy import authentication
 from tests.catalog.world import claim_import_of
 from tests.dashboard import seed
@@ -48,7 +49,7 @@ def test_failed_import_shows_error_and_remedy(fresh: Service, visit: Visit, widt
 
 
 def test_end_of_an_import_appears_without_a_reload(fresh: Service, visit: Visit) -> None:
-    _add(fresh, "llama-1b")
+    task = _add(fresh, "llama-1b")
     visitor = visit(fresh)
     visitor.page.route("**/queue/stream*", lambda route: route.fulfill(status=204))  # no updates from the queue
     visitor.open("#/models")
@@ -56,8 +57,7 @@ def test_end_of_an_import_appears_without_a_reload(fresh: Service, visit: Visit)
     row.get_by_text("importing").wait_for()
     visitor.page.wait_for_load_state("networkidle")
 
-    claim_id = base_models.get(fresh.seeded.db, "llama-1b").claim_id or ""
-    base_models.fail_import(fresh.seeded.db, claim_id, error=FAILED)
+    base_models.fail_import(fresh.seeded.db, task, error=FAILED)
 
     row.get_by_text("import failed").wait_for()
 
@@ -136,10 +136,11 @@ def test_empty_page_names_the_add_command(fresh: Service, visit: Visit) -> None:
     visitor.assert_accessible()
 
 
-def _add(service: Service, name: str, *, error: dict[str, str] | None = None) -> None:
+def _add(service: Service, name: str, *, error: dict[str, str] | None = None) -> TaskClaim:
     """Add a base model whose import is running or has failed."""
     db = service.seeded.db
     base_models.add(db, name=name, kind="hub", source="meta-llama/Llama-3.2-1B-Instruct")
-    claim_id = claim_import_of(db, name)
+    task = claim_import_of(db, name)
     if error is not None:
-        base_models.fail_import(db, claim_id, error=error)
+        base_models.fail_import(db, task, error=error)
+    return task

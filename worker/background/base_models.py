@@ -12,17 +12,19 @@ import shlex
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
 
 from catalog.disk import is_full
-from catalog.errors import LorryError, OutOfSpace
+from catalog.errors import LorryError, OutOfSpace, StaleClaim
 from catalog.process_exit import how_it_exited, is_killed
 from catalog.registry import base_models
 from catalog.storage.manifest import ManifestFile, files_digest
 from catalog.tables.storage import BaseModelRow
 from catalog.tables.table import Json
+from catalog.tasks import task_queue
 from worker.background import child_task
 from worker.background.child_task import Abandoned, ChildFailed
 from worker.context.context import WorkerContext
@@ -41,20 +43,21 @@ class ImportRefused(LorryError):
 
 def import_next(context: WorkerContext) -> bool:
     """Import one base model that waits for its import. Returns False if none does."""
-    claimed = base_models.claim_import(context.db, lease_seconds=context.settings.lease_seconds)
+    claimed = base_models.claim_import(
+        context.db, worker_id=context.worker_id, lease_seconds=context.settings.lease_seconds
+    )
     if claimed is None:
         return False
-    row, claim_id = claimed
+    row, task = claimed
     try:
-        manifest, description = _import(context, row, child_task.lost_lease(context, BaseModelRow, claim_id))
+        manifest, description = _import(context, row, child_task.lost_lease(context, task))
         digest = files_digest(manifest)
-        if not base_models.finish_import(
-            context.db, claim_id, digest=digest, manifest=manifest, description=description
-        ):
-            log.warning("The base model %s was imported here, but another worker has taken over its import.", row.name)
+        base_models.finish_import(context.db, task, digest=digest, manifest=manifest, description=description)
     except ImportRefused as error:
-        base_models.fail_import(context.db, claim_id, error=described(error))
+        base_models.fail_import(context.db, task, error=described(error))
     except Abandoned:
+        with suppress(StaleClaim):  # the model was deleted
+            task_queue.release(context.db, task)
         return False
     return True
 

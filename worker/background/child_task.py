@@ -14,10 +14,11 @@ from pathlib import Path
 
 import psutil
 
-from catalog.db import lease
 from catalog.disk import tells_of_full
 from catalog.errors import LorryError, Unavailable
-from catalog.tables.table import Json, Leased
+from catalog.tables.table import Json
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import TaskClaim
 from worker.context.context import WorkerContext
 from worker.node import devices
 from worker.process.launcher import run_child
@@ -87,10 +88,10 @@ def _failure(returncode: int, work: Path, log_path: Path) -> ChildFailed:
     return ChildFailed(returncode, last_line, is_disk_full=is_reported or devices.is_disk_full(work))
 
 
-def lost_lease(context: WorkerContext, table: type[Leased], claim_id: str) -> Callable[[], bool]:
-    """Return a function that returns whether the lease of a claim is lost. Called several times a second, it renews the
+def lost_lease(context: WorkerContext, task: TaskClaim) -> Callable[[], bool]:
+    """Return a function that returns whether the lease of a task is lost. Called several times a second, it renews the
     lease at each heartbeat interval."""
-    renew = partial(lease.renew, context.db, table, claim_id, lease_seconds=context.settings.lease_seconds)
+    renew = partial(task_queue.renew, context.db, task, lease_seconds=context.settings.lease_seconds)
     return at_each_heartbeat(context, lambda: not renew())
 
 

@@ -19,8 +19,9 @@ from catalog.exports import claims, formats, hub_repositories, model_card
 from catalog.exports.claims import ExportClaim, ExportResult, WaitingExport
 from catalog.process_exit import how_it_exited, is_killed
 from catalog.storage.manifest import DamagedArtifact
-from catalog.tables.exports import AdapterExport
 from catalog.tables.table import Json
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import TaskKind
 from worker.background import base_models, child_task, export_resources
 from worker.background.child_task import Abandoned, ChildFailed
 from worker.background.export_resources import ScarceResources
@@ -31,7 +32,9 @@ from worker.protocol.errors import DISK_ERROR, OUT_OF_SPACE
 
 log = logging.getLogger(__name__)
 RETRY_SECONDS = 30.0
-"""Wait after an attempt that failed, perhaps because of this node."""
+"""Wait after the store did not answer."""
+REFUSAL_SECONDS = 60.0
+"""How long a worker that has refused an export leaves it to others."""
 UPLOAD_PAUSES = (10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
 """Waits between attempts to upload the finished files, in seconds."""
 AGAIN = "Then create the export again."
@@ -51,35 +54,66 @@ def export_next(context: WorkerContext) -> bool:
     Raises StaleClaim, Unavailable, and OutOfSpace if the database's disk is full. An attempt during which the disk
     becomes full counts: no attempt may repeat forever.
     """
-    claim = claims.claim(
-        context.db,
-        worker_id=context.worker_id,
-        lease_seconds=context.settings.lease_seconds,
-        refuse=partial(_scarcity, context),
-    )
+    claim = _begin_next(context)
     if claim is None:
         return False
-    is_unwanted = child_task.lost_lease(context, AdapterExport, claim.claim_id)
+    is_unwanted = child_task.lost_lease(context, claim.task)
     try:
         with full_disk_named(), scratch_dirs.owned(context.scratch_dir() / f"export-{token_hex(8)}") as work:
             work.mkdir(parents=True)
             exported = _Attempt(context=context, claim=claim, work=work, is_unwanted=is_unwanted).run()
         failpoints.pass_by("before_export_finishes")
-        claims.finish(context.db, claim.claim_id, exported)
+        claims.finish(context.db, claim.task, exported)
     except (ExportRefused, QuotaExceeded, NotFound, Forbidden) as error:
-        claims.fail(context.db, claim.claim_id, error)
+        claims.fail(context.db, claim.task, error)
     except (ExportCrashed, OutOfSpace, base_models.ImportRefused, DamagedArtifact) as error:
         counted = _full_disk(context.worker_id, error) if isinstance(error, OutOfSpace) else error
         log.warning("%s", counted)
-        claims.release(context.db, claim.claim_id, error=counted, wait_seconds=RETRY_SECONDS)
+        claims.retry(context.db, claim.task, counted)
     except Abandoned:
         with suppress(StaleClaim):  # a user has cancelled it, or another worker has taken over
-            claims.release(context.db, claim.claim_id)
+            claims.release(context.db, claim.task)
     except Unavailable:
         with suppress(Unavailable):
-            claims.release(context.db, claim.claim_id, wait_seconds=RETRY_SECONDS)
+            claims.release(context.db, claim.task, wait_seconds=RETRY_SECONDS)
         raise
     return True
+
+
+def _begin_next(context: WorkerContext) -> ExportClaim | None:
+    """Claim the next export that this worker can make. Returns None if there is none. It refuses the others."""
+    now = time.monotonic()
+    recent = {each: at for each, at in context.refused_exports.items() if at > now - REFUSAL_SECONDS}
+    refused = context.refused_exports = recent
+    while True:
+        task = task_queue.claim(
+            context.db,
+            [TaskKind.EXPORT],
+            worker_id=context.worker_id,
+            lease_seconds=context.settings.lease_seconds,
+            skipping=list(refused),
+        )
+        if task is None:
+            return None
+        try:
+            if task.is_exhausted:
+                claims.fail(context.db, task, _lost(task.num_attempts - 1))
+            elif (error := _scarcity(context, claims.inspect(context.db, task))) is None:
+                return claims.begin(context.db, task)
+            else:
+                refused[task.subject] = now
+                claims.refuse(context.db, task, error)
+        except StaleClaim:  # a user has cancelled or deleted it
+            continue
+
+
+def _lost(number: int) -> ExportCrashed:
+    return ExportCrashed(
+        f"The export failed: {number} workers were lost while they made it.",
+        code="export_lost",
+        remedy="Check the logs of the workers. They may run out of memory: a worker needs memory for the merged model "
+        "in 32 bits. Then create the export again.",
+    )
 
 
 def _scarcity(context: WorkerContext, waiting: WaitingExport) -> ScarceResources | None:

@@ -16,9 +16,9 @@ from catalog.plans.claims import PlanClaim
 from catalog.process_exit import how_it_exited
 from catalog.storage import token_cache
 from catalog.storage.manifest import DamagedArtifact
-from catalog.tables.plans import Plan
 from catalog.tables.storage import Prepared
 from catalog.tables.table import Json
+from catalog.tasks import task_queue
 from worker.background import child_task
 from worker.background.child_task import Abandoned, ChildFailed
 from worker.background.tokenization import (
@@ -44,19 +44,19 @@ def compute_next(context: WorkerContext) -> bool:
         return False
     try:
         with full_disk_named():
-            _prepare(context, claim, child_task.lost_lease(context, Plan, claim.claim_id))
-        claims.conclude(context.db, claim.claim_id, settings=context.settings)
+            _prepare(context, claim, child_task.lost_lease(context, claim.task))
+        claims.conclude(context.db, claim.task, settings=context.settings)
     except FileRefused:  # the plan shows the refusal in the file's report
-        claims.conclude(context.db, claim.claim_id, settings=context.settings)
+        claims.conclude(context.db, claim.task, settings=context.settings)
     except POSSIBLE_NODE_ERRORS as error:
         log.warning("%s", error)
-        claims.fail(context.db, claim.claim_id, error=error_of_attempt(error))
+        claims.fail(context.db, claim.task, error=error_of_attempt(error))
         raise PreparationDelayed from error
     except Abandoned:
-        claims.release(context.db, claim.claim_id)
+        task_queue.release(context.db, claim.task)
     except (OutOfSpace, Unavailable) as error:
         log.warning("%s", error)
-        claims.release(context.db, claim.claim_id, wait_seconds=RETRY_SECONDS)
+        task_queue.release(context.db, claim.task, wait_seconds=RETRY_SECONDS)
         if isinstance(error, OutOfSpace):
             raise PreparationDelayed from error
     return True

@@ -85,6 +85,8 @@ class WorkerContext:
     """Time limit for a trainer to save all jobs when the worker shuts down."""
 
     cleaned_at: float = -math.inf
+    refused_exports: dict[str, float] = field(default_factory=dict[str, float])
+    """Exports that this worker leaves to others for some time, each with the `time.monotonic()` of the refusal."""
     """When files of deleted base models were last searched for, by the monotonic clock."""
     silent_since: float | None = None
     """The time, by the monotonic clock, since which the driver has not reported the free memory of its GPUs. None: it

@@ -16,8 +16,9 @@ from catalog.registry import adapters
 from catalog.registry.efficiency import inference_latency
 from catalog.settings import Settings
 from catalog.tables.storage import Adapter
+from catalog.tasks.task_queue import TaskKind
 from tests.api.site import error_of
-from tests.catalog.world import LEASE
+from tests.catalog.world import claim_task
 
 FILES = {"model.gguf": bytes(range(256)) * 5_000, "Modelfile": b"FROM ./model.gguf\n"}
 MERGE = {"max_abs_diff_to_trained": 0.5}
@@ -28,13 +29,13 @@ def finish(services: Services, folder: Path) -> None:
     folder.mkdir()
     for name, content in FILES.items():
         (folder / name).write_bytes(content)
-    claim = claims.claim(services.db, worker_id="w1", lease_seconds=LEASE)
+    claim = claims.begin(services.db, claim_task(services.db, TaskKind.EXPORT))
     assert claim is not None
     cost = {"base_seconds": 0.2, "merged_seconds": 0.2, "num_tokens": 128, "same_operations": True}
     verification = {"max_abs_diff": 0.25, "tolerance": 1.0, "max_abs_logit": 9.0, "merge": MERGE}
     manifest = services.store.put_folder(folder, kind="export")
     done = ExportResult(manifest=manifest, verification=verification, cost=cost, hub_url=None)
-    claims.finish(services.db, claim.claim_id, done)
+    claims.finish(services.db, claim.task, done)
 
 
 def test_export_is_created_once_shown_and_downloaded(

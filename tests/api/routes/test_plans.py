@@ -62,7 +62,7 @@ def test_plan_of_unprepared_files_is_computed_by_a_worker(client: TestClient, wo
     claim = claims.claim(world.db, worker_id="w1", lease_seconds=LEASE)
     assert claim is not None
     know(world, ready(world))
-    claims.conclude(world.db, claim.claim_id, settings=SETTINGS)
+    claims.conclude(world.db, claim.task, settings=SETTINGS)
 
     assert client.get(f"/v1/plans/{made['id']}").json()["status"] == "ready"
 

@@ -41,7 +41,7 @@ def test_jobs_and_plans_match_patterns_outside_write_transactions(wide: World) -
     claim = claims.claim(wide.db, worker_id="w1", lease_seconds=LEASE)
     assert claim is not None
     know(wide, row)
-    claims.conclude(wide.db, claim.claim_id, settings=SETTINGS)
+    claims.conclude(wide.db, claim.task, settings=SETTINGS)
     planned = submission.create(
         wide.db, caller=wide.caller, request=PlannedJob(plan=row.id), body_digest=sha("planned")
     )

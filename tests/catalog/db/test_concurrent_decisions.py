@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 import pytest
 
 from catalog.batches import execution
-from catalog.exports import claims as export_claims
 from catalog.fleet import cordons
 from catalog.queue import claims, preemption
 from catalog.scheduling.snapshot import USUAL
@@ -18,16 +17,16 @@ from catalog.search import trials
 from catalog.states import EndReason
 from catalog.sweeps import commands as sweep_commands
 from catalog.sweeps import controller
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import TaskKind
 from tests.catalog.batches.test_execution import claim as claim_batch
 from tests.catalog.batches.test_execution import create as create_batch
 from tests.catalog.batches.test_execution import create_of_another_project
 from tests.catalog.db.test_lock_order import after_the_first_call, wait_for_one_in_line
-from tests.catalog.exports.test_exports import LLAMA, SCARCE, share
-from tests.catalog.exports.test_exports import create as create_export
 from tests.catalog.fleet.test_cordons import fail
 from tests.catalog.queue.test_preemption import LATE, ONE, SPARED
 from tests.catalog.sweeping import advance, finish, make, measure, of, train
-from tests.catalog.world import LEASE, World
+from tests.catalog.world import World, claim_task
 
 pytestmark = [
     pytest.mark.usefixtures("no_endless_wait"),
@@ -110,29 +109,18 @@ def test_trials_that_reach_a_rung_at_the_same_time_are_compared(world: World, mo
     assert are_stopped == (False, True)
 
 
-def test_exports_taken_at_the_same_time_belong_to_different_projects(
+def test_tasks_claimed_at_the_same_time_belong_to_different_projects(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first worker has refused the first export and takes the second. The other worker would take the first."""
-    world.base("llama", **LLAMA)
-    adapter = world.complete(world.running(model="llama").claim_id)
-    first, second = create_export(world, adapter, "merged"), create_export(world, adapter, "gguf")
-    share(world, adapter)
-    of_another = create_export(world, adapter, "merged", caller=world.stranger)
+    """Two tasks of a project are due before that of another. The second claim waits for the first."""
+    with world.db.write() as session:
+        for number, project in enumerate((world.caller, world.caller, world.stranger)):
+            task_queue.add(session, TaskKind.EXPORT, f"e{number}", project_id=project.project_id, run_after=number)
 
-    def take(worker_id: str, *refused: str) -> str:
-        found = export_claims.claim(
-            world.db,
-            worker_id=worker_id,
-            lease_seconds=LEASE,
-            refuse=lambda waiting: SCARCE if waiting.export_id in refused else None,
-        )
-        assert found is not None
-        return found.export_id
+    def take() -> str:
+        return claim_task(world.db, TaskKind.EXPORT).subject
 
-    taken = both(world, monkeypatch, export_claims, "_claim", lambda: take("w1", first.id), lambda: take("w2"))
-
-    assert taken == (second.id, of_another.id)
+    assert both(world, monkeypatch, task_queue, "skip_locked", take, take) == ("e0", "e2")
 
 
 def test_batches_claimed_at_the_same_time_belong_to_different_projects(

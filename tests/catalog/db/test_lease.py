@@ -9,8 +9,8 @@ from sqlalchemy import select
 
 from catalog.db import lease
 from catalog.db.database import Database, read_clock, skip_locked
-from catalog.tables.storage import BaseModelRow
 from catalog.tables.table import Table
+from catalog.tables.tasks import Task
 from tests.catalog.world import LEASE, Clock
 
 pytestmark = pytest.mark.both_databases
@@ -22,32 +22,31 @@ NAMES = [f"b{number}" for number in range(6)]
 def rows(db: Database) -> None:
     """Add free rows to a table that has leases."""
     with db.write() as session:
-        fields = {"kind": "folder", "source": "/", "state": "importing", "created_at": 1.0}
-        session.add_all(BaseModelRow(name=name, **fields) for name in NAMES)
+        session.add_all(Task(kind="plan", subject=name, run_after=0.0, num_attempts=0) for name in NAMES)
 
 
 def take(db: Database, limit: int = 1) -> dict[str, str]:
     """Acquire up to `limit` free rows. Returns the claim id of each by name."""
     with db.write() as session:
         now = read_clock(session)
-        free = select(BaseModelRow).where(lease.is_free(BaseModelRow, now=now)).order_by(BaseModelRow.name)
+        free = select(Task).where(lease.is_free(Task, now=now)).order_by(Task.subject)
         found = session.scalars(skip_locked(free.limit(limit)))
-        return {row.name: lease.acquire(row, now=now, lease_seconds=LEASE) for row in found}
+        return {row.subject: lease.acquire(row, now=now, lease_seconds=LEASE) for row in found}
 
 
-def write(db: Database, claim_id: str, source: str) -> bool:
+def write(db: Database, claim_id: str, run_after: float) -> bool:
     """Change the row under the fence and release it, as a holder does. Returns whether the claim was still valid."""
     with db.write() as session:
-        row = lease.held(session, BaseModelRow, claim_id)
+        row = lease.held(session, Task, claim_id)
         if row is not None:
-            row.source = source
+            row.run_after = run_after
             lease.release(row)
         return row is not None
 
 
-def source_of(db: Database, name: str) -> str:
+def run_after_of(db: Database, name: str) -> float:
     with db.read() as session:
-        return session.get_one(BaseModelRow, name).source
+        return session.get_one(Task, ("plan", name)).run_after
 
 
 def test_racing_processes_acquire_different_rows(db: Database) -> None:
@@ -65,26 +64,26 @@ def test_expired_lease_is_taken_over_and_its_old_holder_changes_nothing(db: Data
     clock.advance(LEASE + 1)
     holder = take(db, limit=1)["b0"]
 
-    assert not write(db, late, "late")
-    assert not lease.renew(db, BaseModelRow, late, lease_seconds=LEASE)
-    assert write(db, holder, "holder")
-    assert source_of(db, "b0") == "holder"
+    assert not write(db, late, 1.0)
+    assert not lease.renew(db, Task, late, lease_seconds=LEASE)
+    assert write(db, holder, 2.0)
+    assert run_after_of(db, "b0") == 2.0
 
 
 def test_expired_lease_stays_valid_until_another_process_takes_it(db: Database, clock: Clock) -> None:
     claim_id = take(db)["b0"]
     clock.advance(2 * LEASE)
 
-    assert lease.renew(db, BaseModelRow, claim_id, lease_seconds=LEASE)
+    assert lease.renew(db, Task, claim_id, lease_seconds=LEASE)
 
     assert "b0" not in take(db, limit=len(NAMES))
-    assert write(db, claim_id, "holder")
+    assert write(db, claim_id, 2.0)
 
 
 def test_renewed_lease_is_kept_until_its_new_expiry(db: Database, clock: Clock) -> None:
     claim_id = take(db, limit=len(NAMES))["b0"]
     clock.advance(LEASE - 1)
-    assert lease.renew(db, BaseModelRow, claim_id, lease_seconds=LEASE)
+    assert lease.renew(db, Task, claim_id, lease_seconds=LEASE)
 
     clock.advance(LEASE - 1)
     assert "b0" not in take(db, limit=len(NAMES))
@@ -97,10 +96,10 @@ def test_released_row_is_free_at_once_and_its_claim_is_over(db: Database) -> Non
     claim_id = take(db, limit=len(NAMES))["b0"]
     assert take(db) == {}
 
-    assert write(db, claim_id, "holder")
+    assert write(db, claim_id, 2.0)
 
-    assert not lease.renew(db, BaseModelRow, claim_id, lease_seconds=LEASE)
-    assert not write(db, claim_id, "late")
+    assert not lease.renew(db, Task, claim_id, lease_seconds=LEASE)
+    assert not write(db, claim_id, 1.0)
     assert take(db)["b0"] != claim_id
 
 
@@ -110,8 +109,8 @@ def test_claim_ids_are_unique_in_every_table_that_has_leases() -> None:
     ]
 
     names = [
-        *("adapter_exports", "base_models", "batches", "inference_requests", "jobs", "plans"),
-        *("serving_endpoints", "tracker_runs", "webhook_deliveries"),
+        *("batches", "inference_requests", "jobs", "serving_endpoints"),
+        *("tasks", "tracker_runs", "webhook_deliveries"),
     ]
     assert sorted(table.name for table in leased) == names
     assert all(table.c.claim_id.unique for table in leased)

@@ -152,7 +152,7 @@ def test_alembic_check_finds_tables_missing_from_the_code(older_url: str) -> Non
         ("0001_initial", "database_not_upgradable", "to an empty database"),
         ("0009_export_refusals", "database_not_upgradable", "to an empty database"),
         ("0001_initial_schema", "database_not_upgradable", "to an empty database"),
-        ("0001", "database_not_upgradable", "to an empty database"),  # alembic would resolve it to 0001_first_schema
+        ("0001", "database_not_upgradable", "to an empty database"),  # alembic would resolve it to 0001_tables
     ],
 )
 def test_unknown_revision_is_not_migrated_and_the_remedy_is_given(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from catalog.caller import Caller
-from catalog.db import lease
+from catalog.db.database import read_clock
 from catalog.errors import (
     Conflict,
     Forbidden,
@@ -20,7 +21,7 @@ from catalog.errors import (
     StaleClaim,
 )
 from catalog.exports import claims, commands, formats, hub_repositories
-from catalog.exports.claims import MAX_ATTEMPTS, ExportResult
+from catalog.exports.claims import ExportResult
 from catalog.fleet import workers
 from catalog.maintenance import garbage_collection
 from catalog.queue import pending
@@ -30,9 +31,11 @@ from catalog.storage import quota
 from catalog.tables.exports import AdapterExport
 from catalog.tables.storage import Adapter, Artifact
 from catalog.tables.tenancy import Project
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import MAX_ATTEMPTS, TaskClaim, TaskKind
 from catalog.usage import ledger, stored_bytes
 from tests.catalog.db.interleaving import after_statement
-from tests.catalog.world import LEASE, World, manifest
+from tests.catalog.world import World, attempts, claim_task, manifest
 
 FAULT = OutOfSpace("It failed.", code="some_code", remedy="Do this.")
 SCARCE = InvalidRequest("The export needs 9 GB, but worker w1 has 1 GB.", code="export_memory", remedy="Wait.")
@@ -62,16 +65,20 @@ def shown(world: World, row: AdapterExport) -> AdapterExport:
     return commands.get(world.db, project_id=row.project_id, adapter=row.adapter_name, export=row.id)
 
 
-def claim(world: World, worker_id: str = "w1") -> claims.ExportClaim:
-    found = claims.claim(world.db, worker_id=worker_id, lease_seconds=LEASE)
-    assert found is not None
-    return found
+def claim(world: World, worker_id: str = "w1", *, skipping: Collection[str] = ()) -> claims.ExportClaim:
+    task = claim_task(world.db, TaskKind.EXPORT, worker_id=worker_id, skipping=skipping)
+    return claims.begin(world.db, task)
 
 
-def finish(world: World, content: str = "export", claim_id: str | None = None) -> None:
+def is_any_waiting(world: World) -> bool:
+    with world.db.read() as session:
+        return session.scalar(task_queue.due([TaskKind.EXPORT], now=read_clock(session))) is not None
+
+
+def finish(world: World, content: str = "export", task: TaskClaim | None = None) -> None:
     files = manifest(content, "export")
     result = ExportResult(manifest=files, verification={"max_abs_diff": 0.1, "tolerance": 0.2}, cost=None, hub_url=None)
-    claims.finish(world.db, claim_id or claim(world).claim_id, result)
+    claims.finish(world.db, task or claim(world).task, result)
 
 
 def charged(world: World, project_id: str) -> int:
@@ -87,11 +94,10 @@ def test_export_is_claimed_once_and_its_result_recorded(world: World, adapter: A
 
     assert pending.has_work(world.db)
     held = claim(world)
-    assert claims.claim(world.db, worker_id="w2", lease_seconds=LEASE) is None
     assert not pending.has_work(world.db)
     assert (held.format, held.quantization, held.adapter_artifact) == ("gguf", "q8_0", adapter.artifact)
     assert shown(world, row).status == "running"
-    finish(world, claim_id=held.claim_id)
+    finish(world, task=held.task)
 
     done, artifact = commands.files_of(world.db, project_id=row.project_id, adapter=adapter.id, export=row.id)
     assert (done.status, done.num_bytes, done.error) == ("succeeded", 6, None)
@@ -122,7 +128,7 @@ def test_export_that_is_deleted_between_two_reads_still_has_its_files(world: Wor
 def test_identical_export_is_returned_and_a_failed_one_replaced(world: World, adapter: Adapter) -> None:
     row = create(world, adapter)
     assert create(world, adapter).id == row.id
-    claims.fail(world.db, claim(world).claim_id, FAULT)
+    claims.fail(world.db, claim(world).task, FAULT)
     assert shown(world, row).error == {"code": "some_code", "message": "It failed.", "remedy": "Do this."}
 
     again = create(world, adapter)
@@ -135,69 +141,33 @@ def test_identical_export_is_returned_and_a_failed_one_replaced(world: World, ad
     assert [one.id for one in page.items] == [others[1].id, others[0].id, again.id]
 
 
-def test_export_fails_after_several_lost_workers(world: World, adapter: Adapter) -> None:
-    row, held = create(world, adapter), None
-    for _ in range(MAX_ATTEMPTS):
-        held = claim(world)
-        world.clock.advance(LEASE + 1)
-
-    assert claims.claim(world.db, worker_id="w1", lease_seconds=LEASE) is None
-
-    error = shown(world, row).error
-    assert error is not None
-    assert error["code"] == "export_lost"
-    assert held is not None
-    with pytest.raises(StaleClaim):
-        finish(world, claim_id=held.claim_id)
-
-
-def refuse(world: World, worker_id: str) -> None:
-    assert claims.claim(world.db, worker_id=worker_id, lease_seconds=LEASE, refuse=lambda _: SCARCE) is None
+def refuse(world: World) -> None:
+    claims.refuse(world.db, claim_task(world.db, TaskKind.EXPORT), SCARCE)
 
 
 def test_refused_export_waits_for_another_worker_and_counts_no_attempt(world: World, adapter: Adapter) -> None:
-    row, other = create(world, adapter), create(world, adapter, "gguf-lora")
-    asked: list[str] = []
-
-    def refuse_first(waiting: claims.WaitingExport) -> InvalidRequest | None:
-        asked.append(waiting.export_id)
-        return SCARCE if waiting.export_id == row.id else None
-
-    given: dict[str, Any] = {"worker_id": "w1", "lease_seconds": LEASE, "refuse": refuse_first}
-    first = claims.claim(world.db, **given)
-    assert first is not None
-    assert first.export_id == other.id
-    assert claims.claim(world.db, **given) is None
-
-    assert asked == [row.id, other.id]
-    waits = shown(world, row)
-    assert (waits.status, waits.num_attempts) == ("queued", 0)
-    assert waits.error == {"code": "export_memory", "message": SCARCE.message, "remedy": "Wait."}
-    assert claim(world, "w2").export_id == row.id
-    assert (shown(world, row).error, shown(world, row).refusals) == (None, None)
-
-
-def test_worker_that_has_refused_an_export_considers_it_again_later(world: World, adapter: Adapter) -> None:
     row = create(world, adapter)
-    refuse(world, "w1")
-    assert claims.claim(world.db, worker_id="w1", lease_seconds=LEASE) is None
 
-    world.clock.advance(claims.REFUSAL_SECONDS)
+    refuse(world)
 
-    assert claim(world, "w1").export_id == row.id
+    assert (shown(world, row).status, attempts(world.db, row.id)) == ("queued", 0)
+    assert shown(world, row).error == {"code": "export_memory", "message": SCARCE.message, "remedy": "Wait."}
+    assert claim(world).export_id == row.id
+    assert (shown(world, row).error, shown(world, row).refused_since) == (None, None)
 
 
 def test_export_fails_if_no_worker_has_taken_it_a_day_after_the_first_refusal(world: World, adapter: Adapter) -> None:
     row, hours = create(world, adapter), int(claims.MAX_WAIT_SECONDS / 3600)
-    for number in range(hours):  # workers come and go
-        refuse(world, f"w{number}")
+    for _ in range(hours):
+        refuse(world)
         assert shown(world, row).status == "queued"
         world.clock.advance(3600)
 
-    refuse(world, "w1")
+    refuse(world)
 
     done = shown(world, row)
-    assert (done.status, done.num_attempts) == ("failed", 0)
+    assert done.status == "failed"
+    assert not is_any_waiting(world)
     assert done.error == {
         "code": "export_memory",
         "message": f"{SCARCE.message} No worker has taken the export for {hours} hours.",
@@ -207,67 +177,26 @@ def test_export_fails_if_no_worker_has_taken_it_a_day_after_the_first_refusal(wo
 
 def test_attempt_between_two_refusals_begins_another_day(world: World, adapter: Adapter) -> None:
     row = create(world, adapter)
-    refuse(world, "w1")
+    refuse(world)
     world.clock.advance(claims.MAX_WAIT_SECONDS)
-    claims.release(world.db, claim(world, "w2").claim_id)
+    claims.release(world.db, claim(world).task)
 
-    refuse(world, "w1")
+    refuse(world)
 
     assert shown(world, row).status == "queued"
 
 
-def test_only_recent_refusals_are_kept(world: World, adapter: Adapter) -> None:
-    row = create(world, adapter)
-    refuse(world, "w1")
-    world.clock.advance(claims.REFUSAL_SECONDS)
-
-    refuse(world, "w2")
-
-    kept = shown(world, row).refusals
-    assert kept is not None
-    assert list(kept["workers"]) == ["w2"]
-
-
-def test_refused_exports_do_not_hide_others(world: World, adapter: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(claims, "MAX_LOOKED_AT", 1)
-    create(world, adapter)
-    other = create(world, adapter, "gguf-lora")
-    refuse(world, "w1")
-
-    assert claim(world, "w1").export_id == other.id
-
-
-def test_refused_export_of_a_lost_worker_is_queued_once_it_can_no_longer_return(world: World, adapter: Adapter) -> None:
-    row, held = create(world, adapter), claim(world, "w1")
-    world.clock.advance(LEASE + 1)
-
-    refuse(world, "w2")
-    assert lease.renew(world.db, AdapterExport, held.claim_id, lease_seconds=LEASE)
-    world.clock.advance(2 * LEASE)
-    refuse(world, "w2")
-
-    assert (shown(world, row).status, shown(world, row).claim_id) == ("queued", None)
-
-
 def test_attempt_that_may_be_the_node_s_fault_is_repeated_a_few_times(world: World, adapter: Adapter) -> None:
     row = create(world, adapter)
-    for _ in range(MAX_ATTEMPTS - 1):
-        claims.release(world.db, claim(world).claim_id, error=FAULT, wait_seconds=30)
-        assert claims.claim(world.db, worker_id="w1", lease_seconds=LEASE) is None
+    for number in range(1, MAX_ATTEMPTS[TaskKind.EXPORT]):
+        claims.retry(world.db, claim(world).task, FAULT)
+        assert not is_any_waiting(world)
         assert shown(world, row).status == "queued"
-        world.clock.advance(31)
+        world.clock.advance(task_queue.retry_wait(number))
 
-    claims.release(world.db, claim(world).claim_id, error=FAULT, wait_seconds=30)
+    claims.retry(world.db, claim(world).task, FAULT)
 
     assert shown(world, row).status == "failed"
-
-
-def test_release_by_a_worker_that_exits_or_has_a_full_disk_does_not_count(world: World, adapter: Adapter) -> None:
-    row = create(world, adapter)
-    for _ in range(2 * MAX_ATTEMPTS):
-        claims.release(world.db, claim(world).claim_id)
-
-    assert (shown(world, row).status, shown(world, row).num_attempts) == ("queued", 0)
 
 
 def test_cancelled_export_is_not_recorded_and_can_be_requested_again(world: World, adapter: Adapter) -> None:
@@ -279,7 +208,7 @@ def test_cancelled_export_is_not_recorded_and_can_be_requested_again(world: Worl
 
     assert commands.cancel(world.db, **where).status == "cancelled"
     with pytest.raises(StaleClaim):
-        finish(world, claim_id=held.claim_id)
+        finish(world, task=held.task)
     assert create(world, adapter).status == "queued"
     finish(world)
     done = commands.list_page(world.db, project_id=row.project_id, adapter=adapter.id).items[0]
@@ -301,7 +230,7 @@ def test_deleted_adapter_takes_its_exports_with_it_and_their_files_are_collected
     adapters.delete(world.db, project_id=row.project_id, name=adapter.name)
 
     with pytest.raises(StaleClaim):
-        finish(world, claim_id=held.claim_id)
+        finish(world, task=held.task)
     with pytest.raises(NotFound):
         shown(world, row)
     garbage_collection.drop_references(world.db)
@@ -335,7 +264,7 @@ def test_stored_bytes_are_limited_when_an_export_is_requested_and_when_it_is_sto
     limit(world, adapter.project_id, 1)
 
     with pytest.raises(QuotaExceeded):
-        finish(world, claim_id=held.claim_id)
+        finish(world, task=held.task)
 
     assert shown(world, row).status == "running"
     assert shown(world, row).artifact is None
@@ -444,29 +373,6 @@ def test_projects_take_turns(world: World, adapter: Adapter) -> None:
     assert order == [first.id, of_another.id, second.id]
 
 
-@pytest.mark.both_databases
-@pytest.mark.parametrize("answer", [None, SCARCE])
-def test_project_with_a_running_export_waits_even_if_a_worker_has_read_the_order_before(
-    world: World, adapter: Adapter, answer: InvalidRequest | None
-) -> None:
-    """Another worker takes the first export while this worker considers it."""
-    first, _ = create(world, adapter, "merged"), create(world, adapter, "gguf")
-    share(world, adapter)
-    of_another = create(world, adapter, "merged", caller=world.stranger)
-    taken: list[str] = []
-
-    def refuse(waiting: claims.WaitingExport) -> InvalidRequest | None:
-        if not taken:
-            taken.append(claim(world, "quicker").export_id)
-        return answer if waiting.export_id == first.id else None
-
-    found = claims.claim(world.db, worker_id="w1", lease_seconds=LEASE, refuse=refuse)
-
-    assert taken == [first.id]
-    assert found is not None
-    assert found.export_id == of_another.id
-
-
 def test_unfinished_exports_of_a_project_are_limited(world: World, adapter: Adapter) -> None:
     create(world, adapter, max_open=1)
 
@@ -516,7 +422,8 @@ def test_worker_with_the_converter_makes_gguf_of_any_architecture(
 
     row, own = create(world, gemma, "gguf"), create(world, adapter, "gguf")
 
-    needs = {each.export_id: each.needs_converter for each in claims._waiting(world.db, "w2")}
+    waiting = [claims.inspect(world.db, claim_task(world.db, TaskKind.EXPORT)) for _ in range(2)]
+    needs = {each.export_id: each.needs_converter for each in waiting}
     assert needs == {row.id: True, own.id: False}
     with pytest.raises(InvalidRequest, match="can't be exported as 'gguf-lora'") as caught:
         create(world, gemma, "gguf-lora")
@@ -538,9 +445,7 @@ def test_deleted_base_model_prevents_all_exports_but_uploads_of_the_adapter(worl
     with pytest.raises(Conflict, match="was deleted or replaced"):
         create(world, adapter, "merged")
     row = create(world, adapter, "adapter", hub_repository="org/x", **ALLOWED)
-    claims.finish(
-        world.db, claim(world).claim_id, ExportResult(manifest=None, verification=None, cost=None, hub_url="u")
-    )
+    claims.finish(world.db, claim(world).task, ExportResult(manifest=None, verification=None, cost=None, hub_url="u"))
     assert (shown(world, row).status, shown(world, row).hub_url) == ("succeeded", "u")
     with pytest.raises(Conflict, match="stores no files"):
         commands.files_of(world.db, project_id=row.project_id, adapter=adapter.id, export=row.id)

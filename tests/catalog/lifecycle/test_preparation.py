@@ -95,7 +95,7 @@ def test_poll_without_work_does_not_wait_for_a_writer(world: World) -> None:
 
     with world.db.write():
         assert preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE) is None
-        assert base_models.claim_import(world.db, lease_seconds=LEASE) is None
+        assert base_models.claim_import(world.db, worker_id="w1", lease_seconds=LEASE) is None
 
 
 def test_warning_about_few_steps_uses_the_number_of_usable_rows(world: World) -> None:

@@ -8,11 +8,9 @@ import pytest
 from pydantic import ValidationError
 from sqlalchemy import func, select
 
-from catalog.db import lease
 from catalog.errors import Conflict, InvalidRequest, NotFound, StaleClaim
 from catalog.fleet import workers
 from catalog.jobs import submission
-from catalog.lifecycle.preparation import MAX_LOST_PREPARATIONS
 from catalog.maintenance import garbage_collection
 from catalog.plans import claims as plan_claims
 from catalog.plans import plans
@@ -26,6 +24,8 @@ from catalog.storage import files
 from catalog.tables.history import Attempt
 from catalog.tables.jobs import Job
 from catalog.tables.plans import FileOverlap, Plan
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import MAX_ATTEMPTS, TaskKind
 from tests.catalog.plan_data import SETTINGS, know, plan, put, ready
 from tests.catalog.prepared_data import REPORT
 from tests.catalog.world import LEASE, World, linears, request, sha
@@ -109,21 +109,21 @@ def test_plan_is_computed_by_one_worker_at_a_time(world: World) -> None:
 
     claim = plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE)
     assert claim is not None
-    assert claim.plan_id == row.id
+    assert claim.task.subject == row.id
     assert plan_claims.claim(world.db, worker_id="w2", lease_seconds=LEASE) is None
     assert not pending.has_work(world.db)
     know(world, row, overlap=(7, 100))
-    plan_claims.conclude(world.db, claim.claim_id, settings=SETTINGS)
+    plan_claims.conclude(world.db, claim.task, settings=SETTINGS)
 
     assert found(look(world, row))["data"]["overlap"] == {"rows": 7, "of_rows": 100}
     assert "overlap" in codes(look(world, row))
     with pytest.raises(StaleClaim):
-        plan_claims.conclude(world.db, claim.claim_id, settings=SETTINGS)
+        plan_claims.conclude(world.db, claim.task, settings=SETTINGS)
 
 
 def test_plan_of_a_lost_worker_is_retried_and_fails_after_the_limit(world: World) -> None:
     row = plan(world)
-    for _ in range(MAX_LOST_PREPARATIONS):
+    for _ in range(MAX_ATTEMPTS[TaskKind.PLAN]):
         claim = plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE)
         assert claim is not None
         world.clock.advance(LEASE + 1)
@@ -143,13 +143,13 @@ def test_renewed_plan_lease_is_kept_and_a_deleted_plan_ends_it(world: World) -> 
     claim = plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE)
     assert claim is not None
     world.clock.advance(LEASE - 1)
-    assert lease.renew(world.db, Plan, claim.claim_id, lease_seconds=LEASE)
+    assert task_queue.renew(world.db, claim.task, lease_seconds=LEASE)
     world.clock.advance(LEASE - 1)
     assert plan_claims.claim(world.db, worker_id="w2", lease_seconds=LEASE) is None
 
     plans.delete(world.db, project_id=world.caller.project_id, plan_id=row.id)
 
-    assert not lease.renew(world.db, Plan, claim.claim_id, lease_seconds=LEASE)
+    assert not task_queue.renew(world.db, claim.task, lease_seconds=LEASE)
 
 
 @pytest.mark.parametrize(

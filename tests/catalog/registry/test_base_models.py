@@ -10,15 +10,15 @@ from itertools import product
 import pytest
 
 from catalog.datasets.chat_templates import TEMPLATES
-from catalog.db import lease
-from catalog.errors import Conflict, InvalidRequest, NotFound
+from catalog.errors import Conflict, InvalidRequest, NotFound, StaleClaim
 from catalog.jobs import commands
 from catalog.registry import adapters, base_models
 from catalog.registry.base_models import SOURCE_PATTERN
 from catalog.spec.data import DataOptions
 from catalog.storage import token_cache
 from catalog.storage.manifest import files_digest
-from catalog.tables.storage import BaseModelRow
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import TaskClaim
 from tests.catalog.db.interleaving import after_statement
 from tests.catalog.world import DESCRIPTION, World, manifest, sha
 
@@ -81,30 +81,31 @@ def test_one_worker_imports_a_base_and_another_takes_over_after_its_lease(world:
     with ThreadPoolExecutor(4) as pool:
         claimed = [
             found
-            for found in pool.map(lambda _: base_models.claim_import(world.db, lease_seconds=60), range(8))
+            for found in pool.map(
+                lambda _: base_models.claim_import(world.db, worker_id="w1", lease_seconds=60), range(8)
+            )
             if found
         ]
-    ((row, claim_id),) = claimed
+    ((row, task),) = claimed
     assert row.name == "b"
 
     world.clock.advance(50)
-    assert lease.renew(world.db, BaseModelRow, claim_id, lease_seconds=60)
+    assert task_queue.renew(world.db, task, lease_seconds=60)
     world.clock.advance(50)
-    assert base_models.claim_import(world.db, lease_seconds=60) is None
+    assert base_models.claim_import(world.db, worker_id="w1", lease_seconds=60) is None
 
     world.clock.advance(20)
-    assert base_models.claim_import(world.db, lease_seconds=60) is not None
+    assert base_models.claim_import(world.db, worker_id="w1", lease_seconds=60) is not None
 
 
 def test_failed_import_keeps_its_error_and_is_retried_when_added_again(world: World) -> None:
     base_models.add(world.db, name="b", kind="hub", source="org/b", revision=None)
-    base_models.claim_import(world.db, lease_seconds=60)
     world.fail_import("b", {"code": "no_such_repo", "message": "It is gone."})
 
     assert base_models.get(world.db, "b").error == {"code": "no_such_repo", "message": "It is gone."}
-    assert base_models.claim_import(world.db, lease_seconds=60) is None
+    assert base_models.claim_import(world.db, worker_id="w1", lease_seconds=60) is None
     assert base_models.add(world.db, name="b", kind="hub", source="org/b", revision=None).state == "importing"
-    assert base_models.claim_import(world.db, lease_seconds=60) is not None
+    assert base_models.claim_import(world.db, worker_id="w1", lease_seconds=60) is not None
 
 
 def test_base_that_was_never_ready_can_get_another_source(world: World) -> None:
@@ -144,12 +145,16 @@ def test_worker_that_lost_its_import_lease_changes_nothing(world: World) -> None
     world.clock.advance(61)
     holder = _claim(world)
 
-    assert not base_models.finish_import(world.db, late, digest=sha("changed"), **fields)
-    base_models.fail_import(world.db, late, error={})
+    with pytest.raises(StaleClaim):
+        base_models.finish_import(world.db, late, digest=sha("changed"), **fields)
+    with pytest.raises(StaleClaim):
+        base_models.fail_import(world.db, late, error={})
     assert base_models.get(world.db, "b").state == "importing"
-    assert base_models.finish_import(world.db, holder, digest=sha("b"), **fields)
-    assert not base_models.finish_import(world.db, late, digest=sha("changed"), **fields)
-    base_models.fail_import(world.db, late, error={})
+    base_models.finish_import(world.db, holder, digest=sha("b"), **fields)
+    with pytest.raises(StaleClaim):
+        base_models.finish_import(world.db, late, digest=sha("changed"), **fields)
+    with pytest.raises(StaleClaim):
+        base_models.fail_import(world.db, late, error={})
 
     row = base_models.get(world.db, "b")
     assert (row.state, row.digest, row.error) == ("ready", sha("b"), None)
@@ -250,24 +255,27 @@ def test_import_does_not_restore_a_base_deleted_meanwhile(world: World) -> None:
     old = _claim(world)
 
     base_models.delete(world.db, "b")
-    assert not lease.renew(world.db, BaseModelRow, old, lease_seconds=60)
-    assert not base_models.finish_import(world.db, old, digest=sha("b"), **fields)
-    base_models.fail_import(world.db, old, error={})
+    assert not task_queue.renew(world.db, old, lease_seconds=60)
+    with pytest.raises(StaleClaim):
+        base_models.finish_import(world.db, old, digest=sha("b"), **fields)
+    with pytest.raises(StaleClaim):
+        base_models.fail_import(world.db, old, error={})
     with pytest.raises(NotFound):
         base_models.get(world.db, "b")
-    assert base_models.claim_import(world.db, lease_seconds=60) is None
+    assert base_models.claim_import(world.db, worker_id="w1", lease_seconds=60) is None
 
     base_models.add(world.db, name="b", kind="folder", source="/models/b")
-    assert not base_models.finish_import(world.db, old, digest=sha("b"), **fields)
-    base_models.fail_import(world.db, old, error={})
+    with pytest.raises(StaleClaim):
+        base_models.finish_import(world.db, old, digest=sha("b"), **fields)
+    with pytest.raises(StaleClaim):
+        base_models.fail_import(world.db, old, error={})
     assert base_models.get(world.db, "b").state == "importing"
-    assert base_models.finish_import(world.db, _claim(world), digest=sha("new"), **fields)
+    base_models.finish_import(world.db, _claim(world), digest=sha("new"), **fields)
     assert base_models.get(world.db, "b").digest == sha("new")
 
 
-def _claim(world: World) -> str:
-    """Claim an import and return its claim id."""
-    claimed = base_models.claim_import(world.db, lease_seconds=60)
+def _claim(world: World) -> TaskClaim:
+    claimed = base_models.claim_import(world.db, worker_id="w1", lease_seconds=60)
     assert claimed is not None
     return claimed[1]
 

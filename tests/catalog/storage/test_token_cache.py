@@ -196,11 +196,11 @@ def _computed(world: World, max_length: int, *, num_bytes: int | None = None) ->
     row = plan(world, max_length=max_length)
     claim = plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE)
     assert claim is not None
-    while claim.plan_id != row.id:
+    while claim.task.subject != row.id:
         claim = plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE)
         assert claim is not None
     _put(world, row, num_bytes=num_bytes or max_length)
-    plan_claims.conclude(world.db, claim.claim_id, settings=SETTINGS)
+    plan_claims.conclude(world.db, claim.task, settings=SETTINGS)
 
 
 def _put(world: World, row: Plan, *, num_bytes: int) -> None:

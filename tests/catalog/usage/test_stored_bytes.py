@@ -81,7 +81,7 @@ class StoredService(Service):
         if claim is not None:
             self.put_cache(claim.files.train_key, claim.files.training.digest, size)
             if number:
-                self.attempted(plan_claims.conclude, claim.claim_id, settings=SETTINGS)
+                self.attempted(plan_claims.conclude, claim.task, settings=SETTINGS)
 
     @rule(number=PICK, size=SIZES)
     def put_again(self, number: int, size: int) -> None:

@@ -19,6 +19,8 @@ from catalog.errors import OutOfSpace
 from catalog.registry import base_models as record
 from catalog.settings import Settings
 from catalog.tables.storage import BaseModelRow
+from catalog.tables.tasks import Task
+from catalog.tasks.task_queue import TaskKind
 from tests.catalog.world import claim_import_of
 from worker.background import base_models, child_task
 from worker.background.child_task import Abandoned
@@ -45,11 +47,11 @@ def test_a_lease_is_renewed_while_files_are_hashed(context: Any, monkeypatch: py
     def run_child(_context: Any, row: BaseModelRow, _work: Path, arguments: Any, _: Any) -> tuple[Any, None]:
         write_target(arguments)
         with context.db.write() as session:  # the child took nearly as long as a lease
-            session.get_one(BaseModelRow, row.name).lease_expires_at = 1.0
+            session.get_one(Task, (TaskKind.IMPORT, row.name)).lease_expires_at = 1.0
         return {}, None
 
     def rename(target: Path, final: Path) -> None:
-        assert record.claim_import(context.db, lease_seconds=60) is None, (
+        assert record.claim_import(context.db, worker_id="w1", lease_seconds=60) is None, (
             "no other worker may import it at the same time"
         )
         target.rename(final)
@@ -71,14 +73,15 @@ def test_an_import_claimed_by_another_worker_is_abandoned_during_hashing(
     def run_child(_context: Any, row: BaseModelRow, _work: Path, arguments: Any, _: Any) -> tuple[Any, None]:
         write_target(arguments)
         with context.db.write() as session:
-            session.get_one(BaseModelRow, row.name).claim_id = "claim-of-another"
+            session.get_one(Task, (TaskKind.IMPORT, row.name)).claim_id = "claim-of-another"
         return {}, None
 
     monkeypatch.setattr(base_models, "_run_child", run_child)
 
     assert not base_models.import_next(context)
 
-    assert record.get(context.db, "large").claim_id == "claim-of-another"
+    with context.db.read() as session:
+        assert session.get_one(Task, (TaskKind.IMPORT, "large")).claim_id == "claim-of-another"
     assert list(context.settings.bases_dir().iterdir()) == []
 
 

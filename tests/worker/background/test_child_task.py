@@ -15,10 +15,10 @@ from typing import Any
 import psutil
 import pytest
 
-from catalog.db import lease
 from catalog.errors import LorryError, Unavailable
 from catalog.settings import Settings
-from catalog.tables.storage import BaseModelRow
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import TaskClaim, TaskKind
 from tests.worker_site import wait_until
 from worker.background import child_task
 from worker.background.child_task import ChildFailed
@@ -156,9 +156,11 @@ def test_a_database_outage_does_not_stop_a_child(
         was_called.set()
         raise Unavailable("It does not answer.", code="unavailable", remedy="Wait.")
 
-    monkeypatch.setattr(lease, "renew", renew)
+    monkeypatch.setattr(task_queue, "renew", renew)
 
-    is_unwanted = child_task.lost_lease(context, BaseModelRow, "claim-1")
+    is_unwanted = child_task.lost_lease(
+        context, TaskClaim(claim_id="task-1", kind=TaskKind.PLAN, subject="p", num_attempts=1)
+    )
     child_task.wait_for_child(sleeper, context, is_unwanted, stuck=no_progress)
 
     assert was_called.is_set()

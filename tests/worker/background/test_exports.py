@@ -20,7 +20,10 @@ from catalog.storage import store as store_module
 from catalog.tables.exports import AdapterExport
 from catalog.tables.storage import BaseModelRow
 from catalog.tables.tenancy import Project
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import MAX_ATTEMPTS, TaskClaim, TaskKind
 from tests.catalog.exports import test_model_card
+from tests.catalog.world import attempts
 from tests.worker.pack_site import PackSite
 from worker.background import base_models, child_task, export_resources, exports
 from worker.background.child_task import ChildFailed
@@ -141,10 +144,10 @@ def test_refusal_of_the_child_fails_the_export_with_its_numbers(site: PackSite, 
 def test_crash_of_the_child_is_retried_and_names_its_last_line(
     site: PackSite, row: AdapterExport, child: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exports, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(task_queue, "FIRST_WAIT_SECONDS", 0)
     child("import sys; sys.exit('it broke')")
 
-    for _ in range(claims.MAX_ATTEMPTS):
+    for _ in range(MAX_ATTEMPTS[TaskKind.EXPORT]):
         assert shown(site, row).status == "queued"
         assert exports.export_next(site.context)
 
@@ -159,8 +162,7 @@ def test_killed_child_points_at_the_memory(site: PackSite, row: AdapterExport, c
 
     assert exports.export_next(site.context)
 
-    with site.db.read() as session:
-        assert session.get_one(AdapterExport, row.id).num_attempts == 1
+    assert attempts(site.db, row.id) == 1
     assert "ran out of memory" in str(exports._crashed("w1", ChildFailed(-9, "", is_disk_full=False)))
 
 
@@ -168,7 +170,7 @@ def test_killed_child_points_at_the_memory(site: PackSite, row: AdapterExport, c
 def test_full_disk_fails_the_export_after_counted_attempts(
     site: PackSite, row: AdapterExport, child: Any, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(exports, "RETRY_SECONDS", 0)
+    monkeypatch.setattr(task_queue, "FIRST_WAIT_SECONDS", 0)
     if where == "reported":
         child("pass", reports(FULL_DISK))
     elif where == "nowhere":  # the child can write neither a result nor its log
@@ -177,7 +179,7 @@ def test_full_disk_fails_the_export_after_counted_attempts(
     else:
         child("import sys; sys.exit('OSError: [Errno 28] No space left on device')")
 
-    for _ in range(claims.MAX_ATTEMPTS):
+    for _ in range(MAX_ATTEMPTS[TaskKind.EXPORT]):
         assert shown(site, row).status == "queued"
         assert exports.export_next(site.context)
 
@@ -198,7 +200,7 @@ def test_full_store_counts_as_an_attempt(
 
     assert exports.export_next(site.context)
 
-    assert (shown(site, row).status, shown(site, row).num_attempts) == ("queued", 1)
+    assert (shown(site, row).status, attempts(site.db, row.id)) == ("queued", 1)
     assert list(site.context.scratch_dir().iterdir()) == []
 
 
@@ -218,23 +220,25 @@ def test_export_waits_for_a_worker_with_enough_resources(
 ) -> None:
     child("pass", writes())
     with monkeypatch.context() as patch:
-        patch.setattr(claims, "REFUSAL_SECONDS", 0)
+        patch.setattr(exports, "REFUSAL_SECONDS", 0)
         if place == "disk":
             free = shutil.disk_usage(site.folder)._replace(free=40_001)  # two bytes belong to the adapter
             patch.setattr(shutil, "disk_usage", lambda _path: free)
         else:
             patch.setattr(devices, "free_host_bytes", lambda: 2**30)
 
-        for _ in range(claims.MAX_ATTEMPTS + 1):
+        for _ in range(MAX_ATTEMPTS[TaskKind.EXPORT] + 1):
             assert not exports.export_next(site.context)
 
-    assert (shown(site, row).status, shown(site, row).num_attempts) == ("queued", 0)
+    assert (shown(site, row).status, attempts(site.db, row.id)) == ("queued", 0)
     assert error_of(site, row)["code"] == code
     assert re.search(message, error_of(site, row)["message"])
     assert list(site.context.scratch_dir().iterdir()) == []
     assert not exports.export_next(site.context), "this worker has refused it"
 
     site.context.worker_id = "w2"
+    site.context.refused_exports.clear()
+    site.context.refused_exports.clear()
     assert exports.export_next(site.context)
     assert (shown(site, row).status, shown(site, row).error) == ("succeeded", None)
 
@@ -251,6 +255,8 @@ def test_export_waits_for_a_worker_with_the_converter(site: PackSite, row: Adapt
     assert "needs llama.cpp's converter, which worker w1 lacks" in error_of(site, row)["message"]
     assert "Set LORRY_GGUF_CONVERTER" in error_of(site, row)["remedy"]
     site.context.worker_id = "w2"
+    site.context.refused_exports.clear()
+    site.context.refused_exports.clear()
     site.context.settings = site.settings.model_copy(update={"gguf_converter": Path("convert_hf_to_gguf.py")})
     assert exports.export_next(site.context)
     assert (shown(site, row).status, shown(site, row).error) == ("succeeded", None)
@@ -259,7 +265,7 @@ def test_export_waits_for_a_worker_with_the_converter(site: PackSite, row: Adapt
 def test_refused_export_is_logged_once(
     site: PackSite, row: AdapterExport, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(claims, "REFUSAL_SECONDS", 0)
+    monkeypatch.setattr(exports, "REFUSAL_SECONDS", 0)
     monkeypatch.setattr(devices, "free_host_bytes", lambda: 2**30)
 
     for _ in range(3):
@@ -305,7 +311,7 @@ def test_worker_that_shuts_down_releases_the_export(
 
     assert exports.export_next(site.context)
 
-    assert (shown(site, row).status, shown(site, row).num_attempts) == ("queued", 0)
+    assert (shown(site, row).status, attempts(site.db, row.id)) == ("queued", 0)
 
 
 def test_lease_is_renewed_while_a_large_file_is_stored(
@@ -313,14 +319,14 @@ def test_lease_is_renewed_while_a_large_file_is_stored(
 ) -> None:
     monkeypatch.setattr(store_module, "CHUNK_BYTES", 1000)
     renewed: list[str] = []
-    renew = child_task.lease.renew
+    renew = child_task.task_queue.renew
 
     def counted(*arguments: Any, **options: Any) -> bool:
         renewed.append("")
         return renew(*arguments, **options)
 
     child("pass", writes(bytes(10_000)))
-    monkeypatch.setattr(child_task.lease, "renew", counted)
+    monkeypatch.setattr(child_task.task_queue, "renew", counted)
 
     assert exports.export_next(site.context)
 
@@ -413,7 +419,7 @@ def test_interrupted_upload_alone_is_repeated_with_the_lease_renewed(
     child("pass", children.answer)
     monkeypatch.setattr(exports, "UPLOAD_PAUSES", (0.5, 0.5, 0.5))
     renewed: list[str] = []
-    renew = child_task.lease.renew
+    renew = child_task.task_queue.renew
 
     def counted(*arguments: Any, **options: Any) -> bool:
         renewed.append("")
@@ -425,14 +431,14 @@ def test_interrupted_upload_alone_is_repeated_with_the_lease_renewed(
         assert len(renewed) > before
 
     wait = exports._Attempt._wait  # pyright: ignore[reportPrivateUsage]
-    monkeypatch.setattr(child_task.lease, "renew", counted)
+    monkeypatch.setattr(child_task.task_queue, "renew", counted)
     monkeypatch.setattr(exports._Attempt, "_wait", pause)  # pyright: ignore[reportPrivateUsage]
 
     assert exports.export_next(site.context)
 
     assert children.started == ["check", "merge", "upload", "upload", "upload"]
     done = shown(site, upload)
-    assert (done.status, done.num_attempts, done.hub_url) == ("succeeded", 1, "https://hub/1")
+    assert (done.status, done.hub_url) == ("succeeded", "https://hub/1")
 
 
 def test_long_outage_of_the_hub_fails_the_export_without_another_merge(
@@ -488,7 +494,7 @@ def test_lease_is_renewed_while_the_adapter_is_fetched_and_a_lost_one_ends_it(
     children = Children()
     child("pass", children.answer)
     read = site.store.open_blob
-    renew, renewed = child_task.lease.renew, [""]
+    renew, renewed = child_task.task_queue.renew, [""]
 
     def open_blob(digest: str) -> Iterator[bytes]:
         for byte in b"".join(read(digest)):
@@ -500,7 +506,7 @@ def test_lease_is_renewed_while_the_adapter_is_fetched_and_a_lost_one_ends_it(
         return renew(*arguments, **options)
 
     monkeypatch.setattr(site.store, "open_blob", open_blob)
-    monkeypatch.setattr(child_task.lease, "renew", counted)
+    monkeypatch.setattr(child_task.task_queue, "renew", counted)
 
     assert exports.export_next(site.context)
 
@@ -509,9 +515,10 @@ def test_lease_is_renewed_while_the_adapter_is_fetched_and_a_lost_one_ends_it(
 
 
 def test_file_is_named_after_the_adapter_and_its_quantization() -> None:
-    given = {"claim_id": "c", "export_id": "e", "adapter_artifact": "a", "base_model": "b", "base_digest": "d"}
+    given = {"export_id": "e", "adapter_artifact": "a", "base_model": "b", "base_digest": "d"}
     claim = claims.ExportClaim(
         **given,
+        task=TaskClaim(claim_id="c", kind=TaskKind.EXPORT, subject="e", num_attempts=1),
         lineage=None,
         adapter_name="ft:tiny:our project:../x:1",
         format="gguf",

@@ -7,7 +7,7 @@ from typing import Any
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0001_first_schema"
+revision = "0001_tables"
 down_revision = None
 branch_labels = None
 depends_on = None
@@ -63,6 +63,8 @@ TABLES = (
     "serving_endpoints",
     "deployments",
     "adapter_exports",
+    "tasks",
+    "task_turns",
 )
 """Tables in dependency order: each table follows the tables that it references."""
 
@@ -80,6 +82,7 @@ def upgrade() -> None:
     _create_audit()
     _create_inference()
     _create_serving()
+    _create_tasks()
 
 
 def downgrade() -> None:
@@ -218,10 +221,7 @@ def _create_storage() -> None:
         sa.Column("description", sa.JSON(), nullable=True),
         sa.Column("error", sa.JSON(), nullable=True),
         sa.Column("created_at", sa.Float(precision=53), nullable=False),
-        sa.Column("claim_id", sa.String(length=255), nullable=True),
-        sa.Column("lease_expires_at", sa.Float(precision=53), nullable=True),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_base_models")),
-        sa.UniqueConstraint("claim_id", name=op.f("uq_base_models_claim_id")),
     )
     op.create_table(
         "files",
@@ -607,16 +607,11 @@ def _create_plans() -> None:
         sa.Column("valid_prepared", sa.String(length=255), nullable=True),
         sa.Column("found", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("error", sa.JSON(none_as_null=True), nullable=True),
-        sa.Column("claim_id", sa.String(length=255), nullable=True),
-        sa.Column("lease_expires_at", sa.Float(precision=53), nullable=True),
-        sa.Column("num_lost", sa.BigInteger(), nullable=False),
-        sa.Column("run_after", sa.Float(precision=53), nullable=True),
         sa.ForeignKeyConstraint(["base_model"], ["base_models.name"], name=op.f("fk_plans_base_model_base_models")),
         sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_plans_project_id_projects")),
         sa.ForeignKeyConstraint(["training_file"], ["files.id"], name=op.f("fk_plans_training_file_files")),
         sa.ForeignKeyConstraint(["validation_file"], ["files.id"], name=op.f("fk_plans_validation_file_files")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_plans")),
-        sa.UniqueConstraint("claim_id", name=op.f("uq_plans_claim_id")),
     )
     op.create_index(op.f("ix_plans_expires_at"), "plans", ["expires_at"])
     op.create_index(op.f("ix_plans_project_id_created_at_id"), "plans", ["project_id", "created_at", "id"])
@@ -1102,27 +1097,22 @@ def _create_serving() -> None:
         sa.Column("quantization", sa.String(length=255), nullable=True),
         sa.Column("hub_repository", sa.String(length=255), nullable=True),
         sa.Column("status", sa.String(length=255), nullable=False),
-        sa.Column("num_attempts", sa.BigInteger(), nullable=False),
-        sa.Column("run_after", sa.Float(precision=53), nullable=True),
         sa.Column("started_at", sa.Float(precision=53), nullable=True),
         sa.Column("finished_at", sa.Float(precision=53), nullable=True),
         sa.Column("error", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("artifact", sa.String(length=255), nullable=True),
         sa.Column("num_bytes", sa.BigInteger(), nullable=False),
         sa.Column("expected_bytes", sa.BigInteger(), server_default="0", nullable=False),
-        sa.Column("refusals", sa.JSON(), nullable=True),
+        sa.Column("refused_since", sa.Float(precision=53), nullable=True),
         sa.Column("verification", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("cost", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("hub_url", sa.Text(), nullable=True),
-        sa.Column("claim_id", sa.String(length=255), nullable=True),
-        sa.Column("lease_expires_at", sa.Float(precision=53), nullable=True),
         sa.ForeignKeyConstraint(["artifact"], ["artifacts.digest"], name=op.f("fk_adapter_exports_artifact_artifacts")),
         sa.ForeignKeyConstraint(
             ["base_model"], ["base_models.name"], name=op.f("fk_adapter_exports_base_model_base_models")
         ),
         sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_adapter_exports_project_id_projects")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_adapter_exports")),
-        sa.UniqueConstraint("claim_id", name=op.f("uq_adapter_exports_claim_id")),
     )
     for columns in (
         ("adapter_artifact",),
@@ -1132,3 +1122,28 @@ def _create_serving() -> None:
         ("status", "created_at"),
     ):
         op.create_index(op.f(f"ix_adapter_exports_{'_'.join(columns)}"), "adapter_exports", [*columns])
+
+
+def _create_tasks() -> None:
+    op.create_table(
+        "tasks",
+        sa.Column("kind", sa.String(length=255), nullable=False),
+        sa.Column("subject", sa.String(length=255), nullable=False),
+        sa.Column("project_id", sa.String(length=255), nullable=True),
+        sa.Column("run_after", sa.Float(precision=53), nullable=False),
+        sa.Column("num_attempts", sa.BigInteger(), nullable=False),
+        sa.Column("claim_id", sa.String(length=255), nullable=True),
+        sa.Column("lease_expires_at", sa.Float(precision=53), nullable=True),
+        sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_tasks_project_id_projects")),
+        sa.PrimaryKeyConstraint("kind", "subject", name=op.f("pk_tasks")),
+        sa.UniqueConstraint("claim_id", name=op.f("uq_tasks_claim_id")),
+    )
+    op.create_index(op.f("ix_tasks_kind_run_after"), "tasks", ["kind", "run_after"])
+    op.create_table(
+        "task_turns",
+        sa.Column("kind", sa.String(length=255), nullable=False),
+        sa.Column("project_id", sa.String(length=255), nullable=False),
+        sa.Column("claimed_at", sa.Float(precision=53), nullable=False),
+        sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_task_turns_project_id_projects")),
+        sa.PrimaryKeyConstraint("kind", "project_id", name=op.f("pk_task_turns")),
+    )

@@ -1,0 +1,1 @@
+"""The queue of background tasks, which API servers and workers share."""
