@@ -103,7 +103,7 @@ class BatchRunner:
             is_to_release = False
         finally:
             if is_to_release:
-                with suppress(LorryError):  # its lease expires
+                with suppress(LorryError, StaleClaim):  # its lease expires
                     await threads.run(partial(execution.release, self._db, claimed))
 
     async def _keep_and_advance(self, batch: LeasedBatch) -> None:
@@ -195,7 +195,7 @@ class BatchRunner:
         error: Json | None = None
         if damage is not None and not is_complete:
             outcome, error = "failed", _damaged(damage, num_finished=num_finished, num_lines=directive.num_lines)
-        with OutputFiles(self._settings.data_dir / "spool", batch.claimed.claim_id) as files:
+        with OutputFiles(self._settings.data_dir / "spool", batch.claimed.task.claim_id) as files:
             if is_complete or error is not None:
                 files.write_results(self._db, batch.claimed.batch_id)
             elif directive.num_lines:

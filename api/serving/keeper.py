@@ -26,15 +26,17 @@ from api.serving.held_lease import HeldLease, LeaseLost
 from api.serving.reference_answers import ReferenceAnswers
 from api.serving.vllm_client import EndpointFailure, ServedModel, ServerAddress, VllmClient
 from catalog.db.database import Database
-from catalog.errors import LorryError
+from catalog.errors import LorryError, StaleClaim
 from catalog.pepper import Pepper
 from catalog.serving import endpoints, keeping, probes
-from catalog.serving.keeping import EndpointClaim, EndpointWork, WantedAdapter
+from catalog.serving.keeping import EndpointWork, WantedAdapter
 from catalog.serving.probes import ProbeAnswer
 from catalog.storage.manifest import Manifest
 from catalog.storage.store import ArtifactStore
 from catalog.tables.serving import ServingEndpoint
 from catalog.tables.table import Json
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import TaskClaim, TaskKind
 
 LOOK_SECONDS = 5.0
 """Interval between two checks of a server."""
@@ -101,22 +103,27 @@ class EndpointKeepers:
 
     async def _claim(self) -> None:
         try:
-            limit = MAX_KEPT - len(self._kept)
-            found = await run_in_threadpool(keeping.claim_free, self._tools.db, limit=limit) if limit > 0 else []
+            while len(self._kept) < MAX_KEPT:
+                claim = await run_in_threadpool(
+                    task_queue.claim,
+                    self._tools.db,
+                    [TaskKind.ENDPOINT],
+                    lease_seconds=keeping.ENDPOINT_LEASE_SECONDS,
+                )
+                if claim is None:
+                    return
+                keeper = self._kept[claim.claim_id] = EndpointKeeper(self._tools, claim)
+                task = asyncio.create_task(self._keep(keeper))
+                self._tasks.add(task)
+                task.add_done_callback(self._tasks.discard)
         except LorryError as error:
             log.warning("serving code=%s", error.code)
-            return
-        for claim in found:
-            keeper = self._kept[claim.claim_id] = EndpointKeeper(self._tools, claim)
-            task = asyncio.create_task(self._keep(keeper))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
 
     async def _keep(self, keeper: EndpointKeeper) -> None:
         try:
             await keeper.run()
         except Exception:  # another process, or this one, claims the endpoint again when its lease has expired
-            log.exception("crash in serving endpoint=%s", keeper.claim.endpoint_id)
+            log.exception("crash in serving endpoint=%s", keeper.claim.subject)
         finally:
             del self._kept[keeper.claim.claim_id]
 
@@ -124,14 +131,14 @@ class EndpointKeepers:
 class EndpointKeeper:
     """One endpoint while this process holds its lease."""
 
-    def __init__(self, tools: KeeperTools, claim: EndpointClaim) -> None:
+    def __init__(self, tools: KeeperTools, claim: TaskClaim) -> None:
         self.claim = claim
         self._tools = tools
         self._wake_up = asyncio.Event()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         """Running tasks: by deployment, and the verification of the base model by the endpoint's id."""
         self._loading = asyncio.Semaphore(MAX_LOADING)
-        self._lease = HeldLease(partial(self._do, keeping.renew))
+        self._lease = HeldLease(partial(self._do, task_queue.renew, lease_seconds=keeping.ENDPOINT_LEASE_SECONDS))
         self._foreign: list[str] = []
         """Adapters on the server that this service has not loaded, as reported last."""
         self._noted_at = self._verify_at = -math.inf
@@ -150,15 +157,15 @@ class EndpointKeeper:
             for task in done:
                 task.result()
         except LeaseLost:
-            log.warning("serving endpoint=%s the lease is lost", self.claim.endpoint_id)
+            log.warning("serving endpoint=%s the lease is lost", self.claim.subject)
         finally:
             for tasks in ([checking, *self._tasks.values()], [renewing]):  # the lease is renewed until the others end
                 for task in tasks:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
             self._lease.end()  # a cancelled task leaves its thread running
-            with suppress(LorryError):
-                await asyncio.shield(run_in_threadpool(keeping.release, self._tools.db, self.claim))
+            with suppress(LorryError, StaleClaim):
+                await asyncio.shield(run_in_threadpool(task_queue.release, self._tools.db, self.claim))
 
     async def _check_often(self) -> None:
         while await self._check():
@@ -179,7 +186,7 @@ class EndpointKeeper:
                 return False
             await self._compare(work, running)
         except LorryError as error:
-            log.warning("serving endpoint=%s code=%s", self.claim.endpoint_id, error.code)
+            log.warning("serving endpoint=%s code=%s", self.claim.subject, error.code)
         return True
 
     async def _compare(self, work: EndpointWork, running: frozenset[str]) -> None:
@@ -228,7 +235,7 @@ class EndpointKeeper:
             try:
                 await self._tools.client.unload(server, name=name)
             except EndpointFailure as failure:  # tried again at the next check
-                log.warning("serving endpoint=%s unload: %s", self.claim.endpoint_id, failure.message)
+                log.warning("serving endpoint=%s unload: %s", self.claim.subject, failure.message)
             else:
                 del loaded[name]
 
@@ -374,7 +381,7 @@ class EndpointKeeper:
         try:
             await run_in_threadpool(partial(adapter_files.remove_others, folder, kept, check=self._lease.check_now))
         except OSError as error:  # the files stay, and deployments continue
-            log.warning("serving endpoint=%s files in %s can't be removed: %s", self.claim.endpoint_id, folder, error)
+            log.warning("serving endpoint=%s files in %s can't be removed: %s", self.claim.subject, folder, error)
 
     async def _unload(self, server: ServerAddress, one: WantedAdapter) -> None:
         await self._lease.check()
@@ -438,9 +445,9 @@ class EndpointKeeper:
         except LeaseLost:
             self.wake()  # the next check ends
         except LorryError as error:  # such as a database that does not answer; the next check begins again
-            log.warning("serving endpoint=%s code=%s", self.claim.endpoint_id, error.code)
+            log.warning("serving endpoint=%s code=%s", self.claim.subject, error.code)
         except Exception:
-            log.exception("crash in serving endpoint=%s task=%s", self.claim.endpoint_id, name)
+            log.exception("crash in serving endpoint=%s task=%s", self.claim.subject, name)
 
     async def _do(self, act: Callable[..., T], *args: Any, **given: Any) -> T:
         """Run a function of catalog.serving.keeping in a thread, in the name of the claim."""

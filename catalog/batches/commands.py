@@ -17,6 +17,8 @@ from catalog.storage import files
 from catalog.tables.batches import Batch
 from catalog.tables.storage import File
 from catalog.tables.table import new_id
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import TaskKind
 from catalog.tenancy import authentication
 
 Endpoint = Literal["/v1/chat/completions", "/v1/completions"]
@@ -68,6 +70,7 @@ def create(
             expires_at=now + WINDOW_SECONDS,
         )
         session.add(batch)
+        task_queue.add(session, TaskKind.BATCH, batch.id, project_id=batch.project_id, run_after=now)
         _note(session, "batch.created", batch, now=now)
         return batch
 

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from sqlalchemy import ColumnElement, and_, case, delete, func, or_, select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from catalog.db import lease
-from catalog.db.database import Database, read_clock, serialized_at, skip_locked
+from catalog.db.database import Database, read_clock
 from catalog.errors import StaleClaim
 from catalog.inference import requests
 from catalog.inference.requests import Model
@@ -23,12 +22,12 @@ from catalog.tables.batches import Batch, BatchLine
 from catalog.tables.inference import InferenceRequest
 from catalog.tables.storage import File
 from catalog.tables.table import Json, new_id
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import TaskClaim, TaskKind
 from catalog.usage import ledger, quotas
 
 BATCH_LEASE_SECONDS = 60.0
 """Lease of a batch, renewed by the process that works on it."""
-TURN_MEMORY_SECONDS = 2 * 24 * 3600.0
-"""Turns of finished batches count for their project if the batch is not older."""
 DELETED_AT_ONCE = 1000
 """Number of results that one transaction deletes."""
 Outcome = Literal["completed", "cancelled", "expired", "failed"]
@@ -38,7 +37,7 @@ Outcome = Literal["completed", "cancelled", "expired", "failed"]
 class BatchClaim:
     """A batch that this process works on."""
 
-    claim_id: str
+    task: TaskClaim
     batch_id: str
     project_id: str
     endpoint: str
@@ -57,23 +56,15 @@ class Directive:
 
 
 def claim(db: Database) -> BatchClaim | None:
-    """Claim the next batch, and delete the requests that an earlier process left.
-
-    The projects take turns: the project whose last turn is the oldest is next, with its batch that waits longest. So a
-    project gets no more turns by having more batches.
-    """
-    with db.read() as session:  # most polls find nothing, and a read transaction blocks no writer
-        if not _is_any_free(session):
-            return None
+    """Claim the next batch, and delete the requests that an earlier process left. Returns None if none waits."""
+    task = task_queue.claim(db, [TaskKind.BATCH], lease_seconds=BATCH_LEASE_SECONDS)
+    if task is None:
+        return None
     with db.write() as session:
-        now = serialized_at(session, "claim a batch")
-        batch = _next(session, now=now)
-        if batch is None:
-            return None
-        batch.turn_at = now
+        batch = task_queue.hold(session, task, Batch)
         _delete_requests(session, batch.id)
         return BatchClaim(
-            claim_id=lease.acquire(batch, now=now, lease_seconds=BATCH_LEASE_SECONDS, prefix="batchclaim"),
+            task=task,
             batch_id=batch.id,
             project_id=batch.project_id,
             endpoint=batch.endpoint,
@@ -84,27 +75,27 @@ def claim(db: Database) -> BatchClaim | None:
 def is_any_waiting(db: Database) -> bool:
     """Return whether there is an unfinished batch that no process works on."""
     with db.read() as session:
-        return _is_any_free(session)
+        waiting = task_queue.due([TaskKind.BATCH], now=read_clock(session))
+        return session.scalar(waiting.limit(1)) is not None
 
 
 def renew(db: Database, claimed: BatchClaim) -> Directive:
     """Extend the lease, and return the state of the batch. Raises StaleClaim."""
-    with db.write() as session:
-        batch, now = _held(session, claimed), read_clock(session)
-        batch.lease_expires_at = now + BATCH_LEASE_SECONDS
-        seconds_left = batch.expires_at - now
+    if not task_queue.renew(db, claimed.task, lease_seconds=BATCH_LEASE_SECONDS):
+        raise StaleClaim(claimed.task.claim_id)
+    with db.read() as session:
+        batch = session.get_one(Batch, claimed.batch_id)
+        seconds_left = batch.expires_at - read_clock(session)
         return Directive(
             status=batch.status, is_expired=seconds_left <= 0, seconds_left=seconds_left, num_lines=batch.num_lines
         )
 
 
 def release(db: Database, claimed: BatchClaim) -> None:
-    """Let another process continue the batch."""
+    """Let another process continue the batch. The project's other batches are next. Raises StaleClaim."""
     with db.write() as session:
-        batch = lease.held(session, Batch, claimed.claim_id)
-        if batch is not None:
-            _delete_requests(session, batch.id)
-            lease.release(batch)
+        _delete_requests(session, _held(session, claimed).id)
+        task_queue.release_in(session, claimed.task)
 
 
 def begin(db: Database, claimed: BatchClaim, *, num_lines: int) -> None:
@@ -123,7 +114,7 @@ def fail(db: Database, claimed: BatchClaim, errors: Sequence[Json], *, num_lines
         batch.status, batch.finished_at = "failed", read_clock(session)
         batch.errors, batch.num_lines = list(errors), num_lines
         _delete_requests(session, batch.id)
-        lease.release(batch)
+        task_queue.finish(session, claimed.task)
 
 
 def submit(db: Database, claimed: BatchClaim, *, request_id: str, model: Model, body: Json, reply_to: str) -> bool:
@@ -235,7 +226,7 @@ def end(
         batch.status, batch.finished_at = outcome, now
         if error is not None:
             batch.errors, batch.num_failed = [error], batch.num_lines - batch.num_completed
-        lease.release(batch)
+        task_queue.finish(session, claimed.task)
 
 
 def delete_results(db: Database) -> int:
@@ -253,35 +244,8 @@ def delete_results(db: Database) -> int:
         return len(found)
 
 
-def _is_free(*, now: float) -> ColumnElement[bool]:
-    return and_(Batch.finished_at.is_(None), lease.is_free(Batch, now=now))
-
-
-def _is_any_free(session: Session) -> bool:
-    return session.scalar(select(Batch.id).where(_is_free(now=read_clock(session))).limit(1)) is not None
-
-
-def _next(session: Session, *, now: float) -> Batch | None:
-    """Return the next batch, locked; None if there is none, or if other transactions have locked them."""
-    is_free = _is_free(now=now)
-    waits_since = case((Batch.turn_at > Batch.created_at, Batch.turn_at), else_=Batch.created_at)
-    waiting = select(Batch.project_id).where(is_free)
-    counts = or_(Batch.finished_at.is_(None), Batch.created_at > now - TURN_MEMORY_SECONDS)
-    projects = select(Batch.project_id).where(Batch.project_id.in_(waiting), counts).group_by(Batch.project_id)
-    in_turn = projects.order_by(func.max(Batch.turn_at), func.min(case((is_free, waits_since))))
-    for project_id in session.scalars(in_turn).all():
-        own = select(Batch).where(Batch.project_id == project_id, is_free).order_by(waits_since, Batch.id)
-        batch = session.scalar(skip_locked(own.limit(1)))
-        if batch is not None:
-            return batch
-    return None
-
-
 def _held(session: Session, claimed: BatchClaim) -> Batch:
-    batch = lease.held(session, Batch, claimed.claim_id)
-    if batch is None:
-        raise StaleClaim
-    return batch
+    return task_queue.hold(session, claimed.task, Batch)
 
 
 def _delete_requests(session: Session, batch_id: str) -> None:

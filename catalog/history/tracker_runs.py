@@ -6,16 +6,17 @@ where another worker stopped. A worker holds the lease while it has a run open, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, cast
 
-from sqlalchemy import Select, select, update
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog.db import lease
-from catalog.db.database import Database, read_clock, skip_locked
+from catalog.db.database import Database, read_clock
+from catalog.errors import StaleClaim
 from catalog.history import events, metric_store
 from catalog.history.metric_points import Point
 from catalog.spec.integrations import Integration
@@ -25,12 +26,18 @@ from catalog.tables.jobs import Job
 from catalog.tables.storage import Adapter
 from catalog.tables.table import Json
 from catalog.tables.tenancy import Project
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import TaskClaim, TaskKind
 
 TRACKER_LEASE_SECONDS = 120.0
 MAX_POINTS = 500
-MAX_FAILURES = 8
-"""Consecutive failures after which a run is abandoned: about two hours with the waits in between."""
-FIRST_WAIT_SECONDS = 30.0
+KINDS: Mapping[str, TaskKind] = {
+    "wandb": TaskKind.TRACK_WANDB,
+    "mlflow": TaskKind.TRACK_MLFLOW,
+    "tensorboard": TaskKind.TRACK_TENSORBOARD,
+}
+"""The kind of the task of a run, by the type of its tracker. Its subject is the job."""
+TYPES = {kind: each for each, kind in KINDS.items()}
 FIELDS = ("loss", "token_accuracy", "learning_rate", "grad_norm", "num_tokens")
 
 
@@ -49,9 +56,9 @@ class Follows(Enum):
 class TrackerRunClaim:
     """A run that this worker has claimed."""
 
+    task: TaskClaim
     job_id: str
     type: str
-    claim_id: str
     run_id: str | None
     train_step: int
     valid_step: int
@@ -71,7 +78,7 @@ class RunUpdate:
 
 def add(session: Session, job: Job, integrations: Sequence[Integration]) -> None:
     for one in integrations:
-        session.add(TrackerRunRow(job_id=job.id, type=one.type, train_step=-1, valid_step=-1, num_failures=0))
+        session.add(TrackerRunRow(job_id=job.id, type=one.type, train_step=-1, valid_step=-1))
 
 
 def on_transition(session: Session, job: Job, before: JobState | None, *, now: float) -> None:
@@ -81,27 +88,23 @@ def on_transition(session: Session, job: Job, before: JobState | None, *, now: f
 
 
 def wake(session: Session, job: Job, *, now: float) -> None:
-    """Make the job's unclaimed, unfinished runs due now."""
+    """Make the job's unfinished runs due now. The caller has locked the job."""
     if job.requested.get("integrations"):
-        asleep = (TrackerRunRow.job_id == job.id, TrackerRunRow.finished_at.is_(None), TrackerRunRow.claim_id.is_(None))
-        session.execute(update(TrackerRunRow).where(*asleep).values(next_at=now))
+        unfinished = select(TrackerRunRow).where(TrackerRunRow.job_id == job.id, TrackerRunRow.finished_at.is_(None))
+        for row in session.scalars(unfinished.order_by(TrackerRunRow.type)):
+            task_queue.add(session, KINDS[row.type], job.id, project_id=job.project_id, run_after=now)
 
 
 def claim(db: Database, *, types: Collection[str], limit: int) -> list[TrackerRunClaim]:
     """Claim due runs of the types that this worker can write."""
-    with db.read() as session:
-        now = read_clock(session)
-        if limit <= 0 or session.scalar(_due(types, now=now, limit=1)) is None:
-            return []
-    with db.write() as session:
-        now = read_clock(session)
-        found = session.scalars(skip_locked(_due(types, now=now, limit=limit))).all()
-        return [_claimed(row, lease.acquire(row, now=now, lease_seconds=TRACKER_LEASE_SECONDS)) for row in found]
-
-
-def _due(types: Collection[str], *, now: float, limit: int) -> Select[TrackerRunRow]:
-    due = (TrackerRunRow.next_at <= now, lease.is_free(TrackerRunRow, now=now), TrackerRunRow.type.in_(types))
-    return select(TrackerRunRow).where(*due).order_by(TrackerRunRow.next_at).limit(limit)
+    kinds, found = [KINDS[each] for each in types], list[TrackerRunClaim]()
+    while len(found) < limit:
+        task = task_queue.claim(db, kinds, lease_seconds=TRACKER_LEASE_SECONDS)
+        if task is None:
+            break
+        with db.read() as session:
+            found.append(_claimed(session.get_one(TrackerRunRow, (task.subject, TYPES[task.kind])), task))
+    return found
 
 
 def poll(db: Database, run: TrackerRunClaim) -> RunUpdate:
@@ -121,50 +124,42 @@ def record(
     db: Database, run: TrackerRunClaim, run_update: RunUpdate, *, run_id: str
 ) -> tuple[TrackerRunClaim, Follows]:
     """Record the written data, and renew the claim while the job trains."""
-    with db.write() as session:
-        now = read_clock(session)
-        row = _locked(session, run)
-        if row is None:
-            return run, Follows.STALE
-        state = session.get_one(Job, run.job_id).state
-        row.run_id, row.num_failures = run_id, 0
-        row.train_step = max([row.train_step, *_steps(run_update, "train")])
-        row.valid_step = max([row.valid_step, *_steps(run_update, "valid")])
-        follows, row.lease_expires_at = Follows.GO_ON, now + TRACKER_LEASE_SECONDS
-        if run_update.end is not None:
-            follows, row.finished_at = Follows.DONE, now
-        elif state not in (JobState.RUNNING, *FINAL_STATES) and not _points_after(session, row):
-            follows = Follows.SLEEP
-        if follows is not Follows.GO_ON:
-            row.next_at = None
-            lease.release(row)
-        return _claimed(row, run.claim_id), follows
+    try:
+        with db.write() as session:
+            row, job = _locked(session, run)
+            task_queue.progress(session, run.task, lease_seconds=TRACKER_LEASE_SECONDS)
+            row.run_id = run_id
+            row.train_step = max([row.train_step, *_steps(run_update, "train")])
+            row.valid_step = max([row.valid_step, *_steps(run_update, "valid")])
+            follows = Follows.GO_ON
+            if run_update.end is not None:
+                follows, row.finished_at = Follows.DONE, read_clock(session)
+            elif job.state not in (JobState.RUNNING, *FINAL_STATES) and not _points_after(session, row):
+                follows = Follows.SLEEP
+            if follows is not Follows.GO_ON:
+                task_queue.finish(session, run.task)
+            return _claimed(row, run.task), follows
+    except StaleClaim:
+        return run, Follows.STALE
 
 
 def release(db: Database, run: TrackerRunClaim) -> None:
     """Release the run, for example at a worker's shutdown. Another worker can continue immediately."""
-    with db.write() as session:
-        row = _locked(session, run)
-        if row is not None:
-            lease.release(row)
+    with suppress(StaleClaim):
+        task_queue.release(db, run.task)
 
 
 def fail(db: Database, run: TrackerRunClaim, problem: str) -> None:
-    """Record a failure. Retries use exponential back-off, up to MAX_FAILURES.
+    """Record a failure, and retry later. After the last retry, the run is abandoned.
 
     The first failure and the end of all retries each add one event to the job's log.
     """
-    with db.write() as session:
-        row = _locked(session, run)
-        if row is None:
-            return
+    with suppress(StaleClaim), db.write() as session:
+        row, _ = _locked(session, run)
         now = read_clock(session)
-        row.num_failures += 1
-        lease.release(row)
-        row.next_at = now + FIRST_WAIT_SECONDS * 2 ** (row.num_failures - 1)
         problem_text = f"Writing to the integration {row.type} failed: {problem}"
-        if row.num_failures >= MAX_FAILURES:
-            row.finished_at, row.next_at = now, None
+        if not task_queue.retry(session, run.task):
+            row.finished_at = now
             events.add(session, row.job_id, now=now, level="warn", message=f"{problem_text} It will not be retried.")
         elif row.error is None:
             message = f"{problem_text} Training continues, and writing will be retried."
@@ -172,24 +167,22 @@ def fail(db: Database, run: TrackerRunClaim, problem: str) -> None:
         row.error = row.error or problem
 
 
-def _claimed(row: TrackerRunRow, claim_id: str) -> TrackerRunClaim:
+def _claimed(row: TrackerRunRow, task: TaskClaim) -> TrackerRunClaim:
     return TrackerRunClaim(
+        task=task,
         job_id=row.job_id,
         type=row.type,
-        claim_id=claim_id,
         run_id=row.run_id,
         train_step=row.train_step,
         valid_step=row.valid_step,
     )
 
 
-def _locked(session: Session, run: TrackerRunClaim) -> TrackerRunRow | None:
-    """Return the locked row if the claim is still valid. Locks the job first.
-
-    A transaction that makes the job train again waits for this lock, and wakes the run afterwards.
-    """
-    session.get_one(Job, run.job_id, with_for_update=True)
-    return lease.held(session, TrackerRunRow, run.claim_id)
+def _locked(session: Session, run: TrackerRunClaim) -> tuple[TrackerRunRow, Job]:
+    """Return the run and its job, which is locked. A transaction that makes the job train again waits for this lock,
+    and wakes the run afterwards. Raises StaleClaim."""
+    job = task_queue.hold(session, run.task, Job)
+    return session.get_one(TrackerRunRow, (run.job_id, run.type), populate_existing=True), job
 
 
 def _points_after(session: Session, run: TrackerRunClaim | TrackerRunRow) -> list[Json]:

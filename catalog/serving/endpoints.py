@@ -20,6 +20,8 @@ from catalog.serving import servability
 from catalog.spec.strict import LABEL, label_fault
 from catalog.tables.serving import Deployment, ServingEndpoint
 from catalog.tables.table import Json, new_id
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import TaskKind
 
 EngineKind = Literal["vllm"]
 ENGINES: tuple[EngineKind, ...] = get_args(EngineKind)
@@ -107,6 +109,7 @@ def register(
         if new.api_key is not None:
             row.sealed_key = sealing.seal(new.api_key, purpose=PURPOSE, row_id=row.id, pepper=pepper.current)
         session.add(row)
+        task_queue.add(session, TaskKind.ENDPOINT, row.id, project_id=None, run_after=now)
         _note(session, row, "serving_endpoint.created", now=now)
         return row
 

@@ -13,26 +13,21 @@ from typing import cast
 from sqlalchemy import ColumnElement, delete, or_, select, update
 from sqlalchemy.orm import Session
 
-from catalog.db import lease
-from catalog.db.database import Database, read_clock, skip_locked
+from catalog.db.database import Database, read_clock
+from catalog.errors import StaleClaim
 from catalog.serving import endpoints
 from catalog.storage.manifest import Manifest
 from catalog.tables.serving import Deployment, ServingEndpoint
 from catalog.tables.storage import Adapter, Artifact
 from catalog.tables.table import Json
+from catalog.tables.tasks import Task
 from catalog.tables.tenancy import Organization
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import TaskClaim
 
 ENDPOINT_LEASE_SECONDS = 60.0
 WAITS_SECONDS = (5.0, 15.0, 60.0, 300.0)
 """Waits after the first failed attempt to load an adapter, the second, …; the last one repeats."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EndpointClaim:
-    """An endpoint that this process keeps."""
-
-    endpoint_id: str
-    claim_id: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,42 +65,12 @@ class EndpointWork:
         return self.endpoint.deleted_at is not None
 
 
-def claim_free(db: Database, *, limit: int) -> list[EndpointClaim]:
-    """Lease up to `limit` endpoints that no process keeps."""
-    with db.read() as session:  # most polls find nothing, and a read transaction blocks no writer
-        free = select(ServingEndpoint.id).where(lease.is_free(ServingEndpoint, now=read_clock(session)))
-        if session.scalar(free.limit(1)) is None:
-            return []
-    with db.write() as session:
-        now = read_clock(session)
-        free = select(ServingEndpoint).where(lease.is_free(ServingEndpoint, now=now)).order_by(ServingEndpoint.id)
-        return [
-            EndpointClaim(
-                endpoint_id=row.id,
-                claim_id=lease.acquire(row, now=now, lease_seconds=ENDPOINT_LEASE_SECONDS, prefix="keep"),
-            )
-            for row in session.scalars(skip_locked(free.limit(limit)))
-        ]
-
-
-def renew(db: Database, claim: EndpointClaim) -> bool:
-    """Extend the lease. Returns False if another process keeps the endpoint, or it is gone."""
-    return lease.renew(db, ServingEndpoint, claim.claim_id, lease_seconds=ENDPOINT_LEASE_SECONDS)
-
-
-def release(db: Database, claim: EndpointClaim) -> None:
-    """Release the endpoint, so that another process keeps it at once."""
-    with db.write() as session:
-        row = _held(session, claim)
-        if row is not None:
-            lease.release(row)
-
-
-def read(db: Database, claim: EndpointClaim) -> EndpointWork | None:
+def read(db: Database, claim: TaskClaim) -> EndpointWork | None:
     """Return the endpoint with its deployments, oldest first, or None if the claim is stale."""
     with db.read() as session:
         now = read_clock(session)
-        row = session.scalar(select(ServingEndpoint).where(ServingEndpoint.claim_id == claim.claim_id))
+        held = select(Task.subject).where(Task.claim_id == claim.claim_id)
+        row = session.scalar(select(ServingEndpoint).where(ServingEndpoint.id.in_(held)))
         if row is None:
             return None
         joined = (
@@ -138,7 +103,7 @@ def read(db: Database, claim: EndpointClaim) -> EndpointWork | None:
         return EndpointWork(endpoint=row, adapters=tuple(wanted), endpoint_ids=existing, service_id=service_id)
 
 
-def store_reference(db: Database, claim: EndpointClaim, *, deployment_id: str | None, reference: Json) -> None:
+def store_reference(db: Database, claim: TaskClaim, *, deployment_id: str | None, reference: Json) -> None:
     """Store the built-in engine's answer to the probe. deployment_id: None: that of the base model."""
     with db.write() as session:
         row = _held(session, claim)
@@ -148,7 +113,7 @@ def store_reference(db: Database, claim: EndpointClaim, *, deployment_id: str | 
 
 
 def note_reachable(
-    db: Database, claim: EndpointClaim, *, served_model: str, served_root: str | None, verification: Json | None = None
+    db: Database, claim: TaskClaim, *, served_model: str, served_root: str | None, verification: Json | None = None
 ) -> None:
     """Record that the server answers as expected. verification: None: that of an earlier check still applies."""
     with db.write() as session:
@@ -162,7 +127,7 @@ def note_reachable(
 
 def note_unusable(
     db: Database,
-    claim: EndpointClaim,
+    claim: TaskClaim,
     *,
     state: str,
     error: str,
@@ -187,7 +152,7 @@ def note_unusable(
         session.execute(update(Deployment).where(*usable).values(waiting))
 
 
-def note_missing(db: Database, claim: EndpointClaim, deployment_ids: Collection[str]) -> None:
+def note_missing(db: Database, claim: TaskClaim, deployment_ids: Collection[str]) -> None:
     """Record that adapters which were ready are not loaded any more, because the server was restarted."""
     with db.write() as session:
         row = _held(session, claim)
@@ -198,7 +163,7 @@ def note_missing(db: Database, claim: EndpointClaim, deployment_ids: Collection[
             session.execute(update(Deployment).where(*ready).values(lost))
 
 
-def note_loaded(db: Database, claim: EndpointClaim, deployment_id: str, *, verification: Json) -> bool:
+def note_loaded(db: Database, claim: TaskClaim, deployment_id: str, *, verification: Json) -> bool:
     """Record that an adapter is loaded and verified, so that its requests go to the endpoint. Returns False if it must
     be unloaded instead, because it was undeployed meanwhile."""
     with db.write() as session:
@@ -213,7 +178,7 @@ def note_loaded(db: Database, claim: EndpointClaim, deployment_id: str, *, verif
 
 def note_failed(
     db: Database,
-    claim: EndpointClaim,
+    claim: TaskClaim,
     deployment_id: str,
     *,
     state: str,
@@ -239,7 +204,7 @@ def note_failed(
         session.execute(update(Deployment).where(Deployment.id == one.id).values(found))
 
 
-def forget(db: Database, claim: EndpointClaim, deployment_ids: Sequence[str]) -> None:
+def forget(db: Database, claim: TaskClaim, deployment_ids: Sequence[str]) -> None:
     """Delete deployments whose adapters are not loaded and whose files are removed."""
     with db.write() as session:
         if _held(session, claim) is not None and deployment_ids:
@@ -247,13 +212,14 @@ def forget(db: Database, claim: EndpointClaim, deployment_ids: Sequence[str]) ->
             session.execute(delete(Deployment).where(*gone))
 
 
-def forget_endpoint(db: Database, claim: EndpointClaim) -> None:
+def forget_endpoint(db: Database, claim: TaskClaim) -> None:
     """Delete a removed endpoint with its deployments."""
     with db.write() as session:
         row = _held(session, claim)
         if row is not None and row.deleted_at is not None:
             session.execute(delete(Deployment).where(Deployment.endpoint_id == row.id))
             session.delete(row)
+            task_queue.finish(session, claim)
 
 
 def _is_unwanted() -> ColumnElement[bool]:
@@ -261,11 +227,15 @@ def _is_unwanted() -> ColumnElement[bool]:
     return or_(Deployment.state == "removing", deleted.exists())
 
 
-def _held(session: Session, claim: EndpointClaim) -> ServingEndpoint | None:
-    return lease.held(session, ServingEndpoint, claim.claim_id)
+def _held(session: Session, claim: TaskClaim) -> ServingEndpoint | None:
+    """Return the endpoint, locked; None if the claim is stale."""
+    try:
+        return task_queue.hold(session, claim, ServingEndpoint)
+    except StaleClaim:
+        return None
 
 
-def _deployment(session: Session, claim: EndpointClaim, deployment_id: str) -> Deployment | None:
+def _deployment(session: Session, claim: TaskClaim, deployment_id: str) -> Deployment | None:
     if _held(session, claim) is None:
         return None
     return session.scalar(select(Deployment).where(Deployment.id == deployment_id).with_for_update())

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import JSON, Boolean, ForeignKey, Index, Integer, text
+from sqlalchemy import JSON, Boolean, ForeignKey, Index, Integer
 from sqlalchemy.orm import Mapped, mapped_column
 
-from catalog.tables.table import Json, Leased, Table
-
-UNFINISHED = text("finished_at IS NULL")
+from catalog.tables.table import Json, Table
 
 
-class Batch(Leased, Table):
-    """A file of inference requests. It is leased to the API process that submits them and stores the answers."""
+class Batch(Table):
+    """A file of inference requests. An API process submits them and stores the answers."""
 
     __tablename__ = "batches"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -31,8 +29,6 @@ class Batch(Leased, Table):
     status: Mapped[str]
     """A `BatchStatus`."""
     expires_at: Mapped[float]
-    turn_at: Mapped[float] = mapped_column(default=0.0)
-    """When an API process last began to work on it; 0: never. The project whose last turn is the oldest is next."""
     errors: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
     """Why it failed: {code, message, param, line} for each invalid line, up to a maximum."""
     num_lines: Mapped[int] = mapped_column(default=0)
@@ -47,10 +43,7 @@ class Batch(Leased, Table):
     cancelling_at: Mapped[float | None]
     finished_at: Mapped[float | None]
     """When it was completed, failed, cancelled or expired."""
-    __table_args__ = (
-        Index(None, "project_id", "created_at", "id"),
-        Index("ix_batches_unfinished", "turn_at", sqlite_where=UNFINISHED, postgresql_where=UNFINISHED),
-    )
+    __table_args__ = (Index(None, "project_id", "created_at", "id"),)
 
 
 class BatchLine(Table):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sqlalchemy import ForeignKey, Index, Integer, LargeBinary, String, Text, text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from catalog.tables.table import AutoKey, Json, Leased, Table
+from catalog.tables.table import AutoKey, Json, Table
 
 NOT_METRICS, LIVE, ENDED = text("type <> 'metrics'"), text("ended_at IS NULL"), text("ended_at IS NOT NULL")
 BLAMED = text("blamed_worker_id IS NOT NULL")
@@ -111,11 +111,8 @@ class Checkpoint(Table):
     __table_args__ = (Index(None, "job_id", "step", unique=True),)
 
 
-IS_DUE = text("next_at IS NOT NULL")
-
-
-class TrackerRunRow(Leased, Table):
-    """The run of a job in a tracker: how far its curves are written. It is leased to the worker that writes to it."""
+class TrackerRunRow(Table):
+    """The run of a job in a tracker: how far its curves are written."""
 
     __tablename__ = "tracker_runs"
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
@@ -126,11 +123,6 @@ class TrackerRunRow(Leased, Table):
     train_step: Mapped[int] = mapped_column(default=-1)
     valid_step: Mapped[int] = mapped_column(default=-1)
     """This and `train_step`: the last step of the curve that was written to the tracker."""
-    next_at: Mapped[float | None]
-    """When the next write is due. None while the job is not training, and after its end is written."""
-    num_failures: Mapped[int] = mapped_column(Integer, default=0)
-    """Consecutive failures since the last successful write."""
     error: Mapped[str | None] = mapped_column(Text)
     """The first problem. Once it is set, a further failure that will be retried adds no event."""
     finished_at: Mapped[float | None]
-    __table_args__ = (Index("ix_tracker_runs_due", "next_at", sqlite_where=IS_DUE, postgresql_where=IS_DUE),)

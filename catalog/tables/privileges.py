@@ -168,7 +168,7 @@ WORKER_RIGHTS: Mapping[str, Rights] = {
     "tasks": EVERYTHING,
     "tracker_runs": Rights(
         select=True,
-        update=("run_id", "train_step", "valid_step", "next_at", "num_failures", "error", "finished_at", *LEASE),
+        update=("run_id", "train_step", "valid_step", "error", "finished_at"),
     ),
     "trainers": KEEP,
     "trials": Rights(select=True, update=("score", "step", "recent", "rung", "stopped")),

@@ -5,12 +5,11 @@ from __future__ import annotations
 from sqlalchemy import ForeignKey, Index, Integer, Text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from catalog.tables.table import Json, Leased, Table
+from catalog.tables.table import Json, Table
 
 
-class ServingEndpoint(Leased, Table):
-    """An inference server for one base model. It is leased to the API process that keeps it in step with its
-    deployments."""
+class ServingEndpoint(Table):
+    """An inference server for one base model. One API process at a time keeps it in step with its deployments."""
 
     __tablename__ = "serving_endpoints"
     id: Mapped[str] = mapped_column(primary_key=True)

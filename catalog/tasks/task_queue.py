@@ -35,9 +35,20 @@ class TaskKind(StrEnum):
     IMPORT = "base_model_import"
     PLAN = "plan"
     EXPORT = "export"
+    BATCH = "batch"
+    ENDPOINT = "serving_endpoint"
+    """Keeps the server in step with its deployments, as long as the endpoint exists."""
+    TRACK_WANDB = "tracker_run:wandb"
+    TRACK_MLFLOW = "tracker_run:mlflow"
+    TRACK_TENSORBOARD = "tracker_run:tensorboard"
+    """Writes the curves of a job to its run in a tracker, while the job trains and until its end is written."""
 
 
-MAX_ATTEMPTS: Mapping[TaskKind, int] = {TaskKind.PLAN: 5, TaskKind.EXPORT: 3}
+MAX_ATTEMPTS: Mapping[TaskKind, int] = {
+    TaskKind.PLAN: 5,
+    TaskKind.EXPORT: 3,
+    **dict.fromkeys((TaskKind.TRACK_WANDB, TaskKind.TRACK_MLFLOW, TaskKind.TRACK_TENSORBOARD), 8),
+}
 """Attempts that may fail, or lose their process, before the work fails: it may be the cause."""
 
 
@@ -58,7 +69,12 @@ class TaskClaim:
 
 
 def add(session: Session, kind: TaskKind, subject: str, *, project_id: str | None, run_after: float) -> None:
-    session.add(Task(kind=kind, subject=subject, project_id=project_id, run_after=run_after, num_attempts=0))
+    """Add a task that is due at `run_after`. If it exists, it is due then at the latest."""
+    task = session.get(Task, (kind, subject), with_for_update=True)
+    if task is None:
+        session.add(Task(kind=kind, subject=subject, project_id=project_id, run_after=run_after, num_attempts=0))
+    else:
+        task.run_after = min(task.run_after, run_after)
 
 
 def remove(session: Session, kind: TaskKind, subject: str) -> None:
@@ -109,6 +125,12 @@ def claim(
             subject=task.subject,
             num_attempts=task.num_attempts,
         )
+
+
+def progress(session: Session, claimed: TaskClaim, *, lease_seconds: float) -> None:
+    """Extend the lease, and forget earlier failed attempts. Raises StaleClaim."""
+    task = _held(session, claimed)
+    task.num_attempts, task.lease_expires_at = 1, read_clock(session) + lease_seconds
 
 
 def renew(db: Database, claimed: TaskClaim, *, lease_seconds: float) -> bool:

@@ -537,17 +537,11 @@ def _create_history() -> None:
         sa.Column("run_id", sa.String(length=255), nullable=True),
         sa.Column("train_step", sa.BigInteger(), nullable=False),
         sa.Column("valid_step", sa.BigInteger(), nullable=False),
-        sa.Column("next_at", sa.Float(precision=53), nullable=True),
-        sa.Column("claim_id", sa.String(length=255), nullable=True),
-        sa.Column("lease_expires_at", sa.Float(precision=53), nullable=True),
-        sa.Column("num_failures", sa.Integer(), nullable=False),
         sa.Column("error", sa.Text(), nullable=True),
         sa.Column("finished_at", sa.Float(precision=53), nullable=True),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_tracker_runs_job_id_jobs")),
         sa.PrimaryKeyConstraint("job_id", "type", name=op.f("pk_tracker_runs")),
-        sa.UniqueConstraint("claim_id", name=op.f("uq_tracker_runs_claim_id")),
     )
-    op.create_index("ix_tracker_runs_due", "tracker_runs", ["next_at"], **_where("next_at IS NOT NULL"))
     op.create_table(
         "metric_blocks",
         sa.Column("job_id", sa.String(length=255), nullable=False),
@@ -960,7 +954,6 @@ def _create_inference() -> None:
         sa.Column("lifetime_seconds", sa.BigInteger(), nullable=True),
         sa.Column("status", sa.String(length=255), nullable=False),
         sa.Column("expires_at", sa.Float(precision=53), nullable=False),
-        sa.Column("turn_at", sa.Float(precision=53), nullable=False),
         sa.Column("errors", sa.JSON(none_as_null=True), nullable=True),
         sa.Column("num_lines", sa.BigInteger(), nullable=False),
         sa.Column("num_completed", sa.BigInteger(), nullable=False),
@@ -973,17 +966,13 @@ def _create_inference() -> None:
         sa.Column("finalizing_at", sa.Float(precision=53), nullable=True),
         sa.Column("cancelling_at", sa.Float(precision=53), nullable=True),
         sa.Column("finished_at", sa.Float(precision=53), nullable=True),
-        sa.Column("claim_id", sa.String(length=255), nullable=True),
-        sa.Column("lease_expires_at", sa.Float(precision=53), nullable=True),
         sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_batches_project_id_projects")),
         sa.ForeignKeyConstraint(["input_file"], ["files.id"], name=op.f("fk_batches_input_file_files")),
         sa.ForeignKeyConstraint(["output_file"], ["files.id"], name=op.f("fk_batches_output_file_files")),
         sa.ForeignKeyConstraint(["error_file"], ["files.id"], name=op.f("fk_batches_error_file_files")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_batches")),
-        sa.UniqueConstraint("claim_id", name=op.f("uq_batches_claim_id")),
     )
     op.create_index(op.f("ix_batches_project_id_created_at_id"), "batches", ["project_id", "created_at", "id"])
-    op.create_index("ix_batches_unfinished", "batches", ["turn_at"], **_where("finished_at IS NULL"))
     op.create_table(
         "batch_lines",
         sa.Column("batch_id", sa.String(length=255), nullable=False),
@@ -1045,14 +1034,11 @@ def _create_serving() -> None:
         sa.Column("checked_at", sa.Float(precision=53), nullable=True),
         sa.Column("created_at", sa.Float(precision=53), nullable=False),
         sa.Column("deleted_at", sa.Float(precision=53), nullable=True),
-        sa.Column("claim_id", sa.String(length=255), nullable=True),
-        sa.Column("lease_expires_at", sa.Float(precision=53), nullable=True),
         sa.ForeignKeyConstraint(
             ["base_model"], ["base_models.name"], name=op.f("fk_serving_endpoints_base_model_base_models")
         ),
         sa.ForeignKeyConstraint(["project_id"], ["projects.id"], name=op.f("fk_serving_endpoints_project_id_projects")),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_serving_endpoints")),
-        sa.UniqueConstraint("claim_id", name=op.f("uq_serving_endpoints_claim_id")),
         sa.UniqueConstraint("name", name=op.f("uq_serving_endpoints_name")),
     )
     op.create_table(

@@ -35,7 +35,7 @@ def test_every_end_of_a_failed_job_has_an_entry() -> None:
 def test_every_stored_error_has_an_entry() -> None:
     stored = dict(stored_codes())
 
-    assert {"quarantined", "diverged", "preparation_lost", "node_failed", "out_of_space", "export_lost"} <= set(stored)
+    assert {"quarantined", "diverged", "preparation_lost", "node_failed", "out_of_space"} <= set(stored)
     assert {code: place for code, place in stored.items() if code not in ENTRIES} == {}
 
 

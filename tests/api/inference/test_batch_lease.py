@@ -13,6 +13,7 @@ from api.inference.batch_lease import LeasedBatch, Threads
 from catalog.batches import execution
 from catalog.batches.execution import BatchClaim, Directive
 from catalog.errors import Unavailable
+from catalog.tasks.task_queue import TaskClaim, TaskKind
 from tests.suspension import NEEDS_BOOTTIME, Suspension
 
 UNUSED: Any = SimpleNamespace()
@@ -32,7 +33,8 @@ def test_batch_is_lost_after_a_suspension_if_its_lease_is_not_renewed(
 
     monkeypatch.setattr(execution, "renew", renew)
     monkeypatch.setattr(batch_lease, "KEEP_SECONDS", 0.0)
-    claimed = BatchClaim(claim_id="c", batch_id="b", project_id="p", endpoint="/v1/completions", input_digest="0")
+    task = TaskClaim(claim_id="c", kind=TaskKind.BATCH, subject="b", num_attempts=1)
+    claimed = BatchClaim(task=task, batch_id="b", project_id="p", endpoint="/v1/completions", input_digest="0")
     directive = Directive(status="in_progress", is_expired=False, seconds_left=3600, num_lines=1)
     batch = LeasedBatch(db=UNUSED, claimed=claimed, directive=directive, threads=Threads())
 

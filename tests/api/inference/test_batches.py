@@ -28,7 +28,9 @@ from catalog.settings import Settings
 from catalog.tables.batches import Batch, BatchLine
 from catalog.tables.inference import InferenceRequest
 from catalog.tables.storage import File
+from catalog.tables.tasks import Task
 from catalog.tables.tenancy import Project
+from catalog.tasks.task_queue import TaskKind
 from tests.api.inference.batch_service import (
     CHAT_URL,
     BatchWorker,
@@ -254,8 +256,8 @@ def test_another_process_continues_without_repeating_finished_lines(
     batch_worker.holds = lambda _: False
 
     with services.db.write() as session:  # as if another process had taken over, and was lost
-        row = session.get_one(Batch, made.id)
-        row.claim_id, row.lease_expires_at = "batchclaim-other", 1.0
+        task = session.get_one(Task, (TaskKind.BATCH, made.id))
+        task.claim_id, task.lease_expires_at = "task-other", 1.0
     batch = wait(client, made.id)
 
     assert (batch.status, *counts(batch)) == ("completed", 3, 3, 0)
@@ -364,8 +366,8 @@ def test_batch_whose_input_is_damaged_delivers_what_was_answered(
     if content is not None:
         path.write_bytes(jsonl(rows[0], b"{", *rows[2:]))
     with services.db.write() as session:  # as if the process had been lost
-        row = session.get_one(Batch, made.id)
-        row.claim_id, row.lease_expires_at = "batchclaim-other", 1.0
+        task = session.get_one(Task, (TaskKind.BATCH, made.id))
+        task.claim_id, task.lease_expires_at = "task-other", 1.0
     batch = wait(client, made.id)
 
     assert (batch.status, *counts(batch)) == ("failed", 4, 2, 2)
@@ -432,8 +434,8 @@ def test_invalid_line_of_a_damaged_input_fails_the_batch(
     path.chmod(0o644)
     path.write_bytes(path.read_bytes().replace(b'"b"', b"bad"))
     with services.db.write() as session:  # another process opens the file again
-        row = session.get_one(Batch, made.id)
-        row.claim_id, row.lease_expires_at = "batchclaim-other", 1.0
+        task = session.get_one(Task, (TaskKind.BATCH, made.id))
+        task.claim_id, task.lease_expires_at = "task-other", 1.0
     batch_worker.gate.set()
     batch = wait(client, made.id)
 
@@ -482,7 +484,7 @@ def test_leases_are_renewed_while_files_are_written(
 
     def expiries() -> list[float]:
         with services.db.read() as session:
-            return [session.get_one(Batch, batch_id).lease_expires_at or 0.0 for batch_id in made]
+            return [session.get_one(Task, (TaskKind.BATCH, batch_id)).lease_expires_at or 0.0 for batch_id in made]
 
     first = expiries()
     until(lambda: all(later > earlier for earlier, later in zip(first, expiries(), strict=True)))

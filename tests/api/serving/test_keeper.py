@@ -18,9 +18,11 @@ from api.serving.held_lease import LeaseLost
 from api.serving.keeper import NOT_ANSWERED
 from catalog.db.database import Database
 from catalog.serving import keeping
-from catalog.serving.keeping import EndpointClaim, EndpointWork
-from catalog.tables.serving import ServingEndpoint
+from catalog.serving.keeping import EndpointWork
 from catalog.tables.table import new_id
+from catalog.tables.tasks import Task
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import TaskClaim, TaskKind
 from tests.api.serving_engines import FakeTrainer, FakeVllm, serving
 from tests.api.serving_site import ServingSite
 from tests.api.site import until
@@ -34,7 +36,7 @@ def seen_by_operators(place: ServingSite) -> str | None:
 
 def lease_expires_at(services: Services) -> float:
     with services.db.read() as session:
-        return session.query(ServingEndpoint).one().lease_expires_at or 0.0
+        return session.query(Task).one().lease_expires_at or 0.0
 
 
 def test_deployed_adapter_is_loaded_from_the_folder_and_verified(place: ServingSite, trainer: FakeTrainer) -> None:
@@ -114,7 +116,7 @@ def test_check_that_has_missed_a_failure_does_not_repeat_the_attempt(
     place.vllm.holds = "/v1/unload_lora_adapter"
     read, outdated = keeping.read, list[EndpointWork]()
 
-    def read_outdated(db: Database, claim: EndpointClaim) -> EndpointWork | None:
+    def read_outdated(db: Database, claim: TaskClaim) -> EndpointWork | None:
         """Return the first work that has the adapter and is read during its attempt; return it after the failure."""
         work = read(db, claim)
         if not outdated and work is not None and place.vllm.has_received("/v1/unload_lora_adapter"):
@@ -305,7 +307,7 @@ def test_endpoint_waits_for_a_worker_that_computes_the_reference(
 def test_one_process_at_a_time_keeps_an_endpoint(place: ServingSite, trainer: FakeTrainer) -> None:
     place.deployed()
 
-    assert keeping.claim_free(place.services.db, limit=10) == []
+    assert task_queue.claim(place.services.db, [TaskKind.ENDPOINT], lease_seconds=60) is None
 
 
 @pytest.mark.parametrize("is_same_folder", [True, False])
@@ -469,7 +471,7 @@ def test_keeper_that_has_lost_its_lease_stops(
     until(lambda: place.vllm.has_received("/v1/load_lora_adapter"))
 
     with caplog.at_level(logging.WARNING, "lorry.api"), services.db.write() as session:
-        session.query(ServingEndpoint).one().claim_id = "keep-other"
+        session.query(Task).one().claim_id = "task-other"
     until(lambda: "the lease is lost" in caplog.text)
     place.vllm.requests.clear()
     place.vllm.released.set()
@@ -515,8 +517,8 @@ def test_check_that_began_before_the_report_does_not_overwrite_it(place: Serving
     endpoint_id = place.register(url="http://127.0.0.1:9")["id"]
     until(lambda: place.endpoint()["checked_at"] is not None)
     with services.db.read() as session:
-        claim_id = session.get_one(ServingEndpoint, endpoint_id).claim_id or ""
-    claim = EndpointClaim(endpoint_id=endpoint_id, claim_id=claim_id)
+        claim_id = session.get_one(Task, (TaskKind.ENDPOINT, endpoint_id)).claim_id or ""
+    claim = TaskClaim(claim_id=claim_id, kind=TaskKind.ENDPOINT, subject=endpoint_id, num_attempts=1)
     place.report("It crashed.")
 
     keeping.note_unusable(services.db, claim, state="unreachable", error="No response.", is_silent=True)
@@ -533,10 +535,10 @@ def test_server_that_answers_after_a_failure_is_used_again(place: ServingSite, t
 
 
 def recording(
-    read: Callable[[Database, EndpointClaim], EndpointWork | None], checks: list[str]
-) -> Callable[[Database, EndpointClaim], EndpointWork | None]:
-    def record(db: Database, claim: EndpointClaim) -> EndpointWork | None:
-        checks.append(claim.endpoint_id)
+    read: Callable[[Database, TaskClaim], EndpointWork | None], checks: list[str]
+) -> Callable[[Database, TaskClaim], EndpointWork | None]:
+    def record(db: Database, claim: TaskClaim) -> EndpointWork | None:
+        checks.append(claim.subject)
         return read(db, claim)
 
     return record

@@ -160,10 +160,10 @@ def test_late_process_writes_nothing_and_its_requests_are_deleted(world: World) 
         lambda: execution.fail(world.db, late, []),
         lambda: execution.finalize(world.db, late),
         lambda: execution.end(world.db, late, "completed", output=None, failures=None),
+        lambda: execution.release(world.db, late),
     ):
         with pytest.raises(StaleClaim):
             write()
-    execution.release(world.db, late)
     assert not execution.is_any_waiting(world.db)
     assert used(world) == (0, 0)
 
@@ -210,7 +210,7 @@ def test_ended_batch_keeps_its_files_and_loses_its_results(world: World) -> None
     execution.end(world.db, claimed, "completed", output=Blob(digest=sha("out"), num_bytes=7), failures=None)
 
     batch = row(world, claimed)
-    assert (batch.status, batch.error_file, batch.claim_id) == ("completed", None, None)
+    assert (batch.status, batch.error_file) == ("completed", None)
     assert batch.output_file is not None
     output = files.get(world.db, project_id=claimed.project_id, file_id=batch.output_file)
     assert (output.purpose, output.num_bytes, output.expires_at) == ("batch_output", 7, None)

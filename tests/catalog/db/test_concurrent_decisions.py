@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import pytest
 
-from catalog.batches import execution
 from catalog.fleet import cordons
 from catalog.queue import claims, preemption
 from catalog.scheduling.snapshot import USUAL
@@ -19,9 +18,6 @@ from catalog.sweeps import commands as sweep_commands
 from catalog.sweeps import controller
 from catalog.tasks import task_queue
 from catalog.tasks.task_queue import TaskKind
-from tests.catalog.batches.test_execution import claim as claim_batch
-from tests.catalog.batches.test_execution import create as create_batch
-from tests.catalog.batches.test_execution import create_of_another_project
 from tests.catalog.db.test_lock_order import after_the_first_call, wait_for_one_in_line
 from tests.catalog.fleet.test_cordons import fail
 from tests.catalog.queue.test_preemption import LATE, ONE, SPARED
@@ -121,17 +117,6 @@ def test_tasks_claimed_at_the_same_time_belong_to_different_projects(
         return claim_task(world.db, TaskKind.EXPORT).subject
 
     assert both(world, monkeypatch, task_queue, "skip_locked", take, take) == ("e0", "e2")
-
-
-def test_batches_claimed_at_the_same_time_belong_to_different_projects(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first, _ = create_batch(world), create_batch(world)
-    of_another = create_of_another_project(world)
-
-    claimed = both(world, monkeypatch, execution, "_next", lambda: claim_batch(world), lambda: claim_batch(world))
-
-    assert [each.batch_id for each in claimed] == [first.id, of_another]
 
 
 def test_job_that_another_worker_has_claimed_since_the_decision_is_not_preempted(

@@ -109,8 +109,7 @@ def test_claim_ids_are_unique_in_every_table_that_has_leases() -> None:
     ]
 
     names = [
-        *("batches", "inference_requests", "jobs", "serving_endpoints"),
-        *("tasks", "tracker_runs", "webhook_deliveries"),
+        *("inference_requests", "jobs", "tasks", "webhook_deliveries"),
     ]
     assert sorted(table.name for table in leased) == names
     assert all(table.c.claim_id.unique for table in leased)

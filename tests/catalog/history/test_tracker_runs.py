@@ -15,6 +15,7 @@ from catalog.lifecycle import recording
 from catalog.queue import claims
 from catalog.states import EndReason
 from catalog.tables.jobs import Job
+from catalog.tasks.task_queue import MAX_ATTEMPTS, TaskKind
 from tests.catalog.world import World, request
 
 BOTH = [{"type": "wandb", "wandb": {"project": "p", "tags": ["a"]}}, {"type": "tensorboard"}]
@@ -161,7 +162,7 @@ def test_job_that_ends_during_a_write_is_not_missed(world: World) -> None:
 def test_failed_run_warns_once_backs_off_and_finally_stops(world: World) -> None:
     job = running(world)
     waits: list[float] = []
-    for _ in range(tracker_runs.MAX_FAILURES):
+    for _ in range(MAX_ATTEMPTS[TaskKind.TRACK_TENSORBOARD]):
         (run,) = claim(world)
         tracker_runs.fail(world.db, run, "No such host.")
         failed_at = world.clock.now

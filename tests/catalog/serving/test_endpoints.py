@@ -8,9 +8,9 @@ from catalog.errors import Conflict
 from catalog.pepper import Pepper
 from catalog.serving import deployments, endpoints, keeping
 from catalog.serving.endpoints import NewEndpoint
-from catalog.serving.keeping import EndpointClaim
 from catalog.tables.serving import Deployment, ServingEndpoint
-from tests.catalog.world import PEPPER, World
+from catalog.tasks.task_queue import TaskClaim, TaskKind
+from tests.catalog.world import PEPPER, World, claim_task
 
 NEW = b"n" * 32
 
@@ -47,13 +47,12 @@ def test_api_keys_are_sealed_with_the_current_pepper(world: World) -> None:
                 endpoints.api_key(session.get_one(ServingEndpoint, endpoint_id), peppers=[NEW, PEPPER.current])
 
 
-def deployed(world: World) -> tuple[EndpointClaim, str]:
+def deployed(world: World) -> tuple[TaskClaim, str]:
     """Deploy an adapter on the endpoint a. Returns the claim of its keeper, and the deployment's id."""
     registered(world, "a")
     adapter = world.complete(world.running().claim_id)
     view = deployments.deploy(world.db, project_id=world.caller.project_id, adapter=adapter.name, endpoint="a")
-    (claim,) = keeping.claim_free(world.db, limit=1)
-    return claim, view.deployment.id
+    return claim_task(world.db, TaskKind.ENDPOINT), view.deployment.id
 
 
 def deployment(world: World, deployment_id: str) -> Deployment:
