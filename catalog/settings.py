@@ -157,9 +157,6 @@ class Settings(EnvironmentSettings):
         default=MAX_PREEMPTIONS, ge=0, description="Maximum number of preemptions of one job. 0 disables preemption."
     )
     max_jobs_per_trainer: int = Field(default=16, ge=1, description="Maximum number of adapters in one trainer.")
-    prefix_disk_bytes: int = Field(
-        default=2 * 2**30, ge=0, description="Disk budget per trainer for cached prefix activations. 0 disables it."
-    )
 
     integrations: str = Field(
         default="wandb,mlflow,tensorboard",

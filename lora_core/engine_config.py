@@ -2,7 +2,6 @@
 """Configuration of an engine: how much it computes at once, and how."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from lora_core.config import is_positive, require
@@ -21,9 +20,6 @@ class EngineConfig:
         num_lanes: CPU threads that compute parts of a tick concurrently (lora_core/runtime/cpu_lanes.py).
         checkpoint_blocks: Activation checkpointing per block: "always", "never", or "auto", which enables it when
             memory is scarce.
-        prefix_memory_bytes, prefix_disk_bytes: Limits, in host memory and on disk, of the cache of activations below
-            a job's lowest adapter (lora_core/engine/prefix_cache.py). With both 0 nothing is cached.
-        prefix_folder: Existing folder for the cache on disk.
         ticks_alone: Number of ticks of each size that one job gets alone, to measure how much packmates slow it down
             (lora_core/engine/throughput.py).
         batch_invariant: On a CPU whose matmuls depend on the number of rows, keep the bits of a job independent of
@@ -41,9 +37,6 @@ class EngineConfig:
     job_slices: int | None = None
     num_lanes: int = 1
     checkpoint_blocks: Literal["auto", "always", "never"] = "auto"
-    prefix_memory_bytes: int = 0
-    prefix_disk_bytes: int = 0
-    prefix_folder: Path | None = None
     ticks_alone: int = 0
     batch_invariant: bool = True
 
@@ -56,7 +49,3 @@ class EngineConfig:
         require(is_positive(self.max_tick_seconds), "max_tick_seconds", self.max_tick_seconds, "positive")
         known = ("auto", "always", "never")
         require(self.checkpoint_blocks in known, "checkpoint_blocks", self.checkpoint_blocks, "auto, always or never")
-        for name in ("prefix_memory_bytes", "prefix_disk_bytes"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "zero or positive")
-        folder_ok = self.prefix_disk_bytes == 0 or (self.prefix_folder is not None and self.prefix_folder.is_dir())
-        require(folder_ok, "prefix_folder", self.prefix_folder, "an existing folder, or prefix_disk_bytes must be 0")

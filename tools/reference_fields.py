@@ -37,8 +37,8 @@ SETTINGS: Mapping[str, Sequence[str]] = {
     ),
     "liveness": ("lease_seconds", "heartbeat_seconds", "poll_seconds"),
     "trainers": (
-        "idle_seconds", "standby_trainer", "max_jobs_per_trainer", "max_slowdown", "prefix_disk_bytes",
-        "batch_invariant", "cpu_processes",
+        "idle_seconds", "standby_trainer", "max_jobs_per_trainer", "max_slowdown", "batch_invariant",
+        "cpu_processes",
     ),
     "devices": (
         "strategy", "cpu_offload_bytes", "gang", "gang_size", "gang_min_size", "gang_wait_seconds",

@@ -187,7 +187,6 @@ def _trainer_settings(context: WorkerContext, first: Job | BaseToLoad) -> Json:
         "quantization": quantization_of(first.pack_key),
         "strategy": strategy_for(context, first),
         "device": context.device.torch_name(),
-        "prefix_disk_bytes": context.settings.prefix_disk_bytes,
         "batch_invariant": context.settings.batch_invariant,
         "idle_seconds": None,  # the worker decides when it unloads, so it never exits while a job is being admitted
     }

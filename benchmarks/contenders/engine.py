@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -28,13 +27,11 @@ ENDLESS = 10_000
 
 def lorry(gate: Gate, options: Json) -> None:
     """The engine with one job and the settings of the service. A step may take several ticks."""
-    with TemporaryDirectory() as folder:
-        settings = {"device": "cpu", "prefix_disk_bytes": 0, "batch_invariant": True}
-        config = engine_config(settings, num_threads=options["threads"], folder=Path(folder))
-        engine = Engine(load_base(Path(options["base"]), dtype=options["dtype"], device="cpu"), config)
-        job = job_config({"slice_tokens": SLICE_TOKENS["cpu"]} | options)
-        engine.admit("job", job, TokenDataset.load(Path(options["tokens"])))
-        _report_steps(gate, engine)
+    config = engine_config({"device": "cpu", "batch_invariant": True}, num_threads=options["threads"])
+    engine = Engine(load_base(Path(options["base"]), dtype=options["dtype"], device="cpu"), config)
+    job = job_config({"slice_tokens": SLICE_TOKENS["cpu"]} | options)
+    engine.admit("job", job, TokenDataset.load(Path(options["tokens"])))
+    _report_steps(gate, engine)
 
 
 def _report_steps(gate: Gate, engine: Engine) -> None:

@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lora_core.adapter.flat_adapter import AdaptedModule
 from lora_core.adapter.modules_to_save import path_of
-from lora_core.base_model.blocks import find_blocks, pass_block
+from lora_core.base_model.blocks import find_blocks
 from lora_core.base_model.sharding import is_whole
 from lora_core.config import ALL_LINEAR, LoraConfig
 from lora_core.errors import NoTargets
@@ -180,8 +180,6 @@ class Attachment:
             module.forward = forward
         for block in self._blocks:
             block.forward = partial(checkpointed, block.forward)
-        for number, block in enumerate(self.blocks.modules):
-            block.forward = partial(pass_block, block.forward, number)
         pooler = getattr(self.model.base_model, "pooler", None)
         if pooler is not None:
             pooler.forward = partial(forward_pooler, pooler)
@@ -191,7 +189,7 @@ class Attachment:
 
     def detach(self) -> None:
         patched = [*self.linears.values(), self.model.get_input_embeddings(), *(module for module, _ in self._parts)]
-        patched += [*self._blocks, *self.blocks.modules]
+        patched += self._blocks
         pooler = getattr(self.model.base_model, "pooler", None)
         for module in dict.fromkeys(patched if pooler is None else [*patched, pooler]):
             del module.forward

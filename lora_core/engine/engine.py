@@ -41,7 +41,6 @@ from lora_core.engine.job import TrainingJob
 from lora_core.engine.job_start import empty_adapter, job_on, load_adapter
 from lora_core.engine.joint_steps import measure_together, step_together
 from lora_core.engine.memory_recovery import MemoryRecovery
-from lora_core.engine.prefix_cache import PrefixCounts, Prefixes
 from lora_core.engine.rank_agreement import (
     StepOutcome,
     agree,
@@ -84,8 +83,8 @@ class Engine:
         `ranks` are the processes that train together. Each has an engine, and calls its methods in the same order with
         the same arguments (lora_core/distributed/ranks.py).
         """
-        if base.is_sharded:  # every rank must pass through all blocks at the same time: no lanes, no skipped blocks
-            config = replace(config, num_lanes=1, prefix_memory_bytes=0, prefix_disk_bytes=0)
+        if base.is_sharded:  # every rank must pass through all blocks at the same time: no lanes
+            config = replace(config, num_lanes=1)
         self.base = base
         self.config = config
         self.ranks = ranks
@@ -113,8 +112,7 @@ class Engine:
         )
         self._memory = MemoryRecovery(self.activations, token_budget=config.token_budget, num_ranks=ranks.size)
         agree(ranks, [], self.activations)
-        self._prefixes = Prefixes(base, config, invariance=self.invariance)
-        self._passes = Passes(base, prefixes=self._prefixes, lanes=self._lanes, ranks=ranks)
+        self._passes = Passes(base, lanes=self._lanes, ranks=ranks)
 
     def admit(
         self,
@@ -155,8 +153,6 @@ class Engine:
             admitted = job_on(
                 self.base, job, config, train, valid, resume_from=resume_from, parent=parent, ranks=self.ranks
             )
-            with shortage_of(job):
-                admitted.entry_block = self._prefixes.entry_block(admitted.adapter)
         continue_start(self.ranks, admitted, START_WORK)
         admitted.served, admitted.shortages = self._least_served(), shortages
         self._jobs[job] = admitted
@@ -188,7 +184,6 @@ class Engine:
     def evict(self, job: str) -> None:
         """Unload a job and free its memory. After the last job, the memory that torch caches on a GPU is freed too."""
         del self._jobs[job]
-        self._prefixes.disown(job)
         self._errors = [error for error in self._errors if error.job != job]
         self._memory.forget()
         if not self._jobs and self.base.device.startswith("cuda"):
@@ -242,8 +237,7 @@ class Engine:
         """Return the maximum number of tokens of a tick, limited by memory and by `max_tick_seconds`.
 
         A tick takes as long as its fullest lane. A slice is never split, so each lane may have as many tokens as the
-        largest waiting slice, be it a job's next or a further one of its step. The prefix cache is not considered,
-        because it only makes a tick faster.
+        largest waiting slice, be it a job's next or a further one of its step.
         """
         rate = self._throughput.lane_tokens_per_second
         lane_tokens = int(rate * self.config.max_tick_seconds) or self._memory.max_tokens
@@ -287,7 +281,6 @@ class Engine:
         if plan.kind == "train":
             self._throughput.record(
                 num_tokens=plan.num_tokens,
-                cost=computed.cost,
                 fullest_lane=computed.fullest_lane,
                 num_jobs=len(plan.tokens),
                 seconds=time.perf_counter() - started,
@@ -535,11 +528,6 @@ class Engine:
     def evaluated_step(self, job: str) -> int | None:
         """Return the step of the job's current weights if they were evaluated, else None."""
         return self._jobs[job].evaluated_step
-
-    @property
-    def prefixes(self) -> PrefixCounts:
-        """Statistics of the prefix cache."""
-        return self._prefixes.counts()
 
     def tokens_per_second(self) -> float:
         """Return the recent average of tokens through the base model per second. 0 before the first tick."""

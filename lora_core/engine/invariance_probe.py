@@ -87,7 +87,7 @@ def _train_each(
         packs = [orders[number] for number in lane]
         return [_gradients(base, [_synthetic_slice(base, index) for index in order]) for order in packs]
 
-    parts = split(sizes, num_tokens=sum(sizes), num_lanes=lanes.count)
+    parts = split(sizes, num_lanes=lanes.count)
     found = zip(parts, lanes.run(compute, parts), strict=True)
     return {orders[number]: gradients for lane, done in found for number, gradients in zip(lane, done, strict=True)}
 

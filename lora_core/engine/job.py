@@ -72,7 +72,6 @@ class TrainingJob:
         pending: Events that the next tick reports.
         best: Weights of the best evaluation so far, fp32 like the adapter's p. None if the last weights are kept.
         reference_point: KTO's reference point of the current unit. Not in checkpoints, since weights determine it.
-        entry_block: Block at which the job's sequences may enter the base model (prefix_cache.py). 0: no caching.
         shortages: Earlier attempts of the job that ran out of memory. Ticks are smaller while it is resident.
         is_torn: An update failed halfway, so the adapter must not be used.
         sizes: Sizes of the step that is due (optimizer.py), fp32 [3] on the device. None unless its batch is complete.
@@ -107,7 +106,6 @@ class TrainingJob:
         self.starting: Iterator[int] | None = None
         if not is_started:
             self.restart_initialization()
-        self.entry_block = 0
         self.reference = reference
         self.parent_sha256 = parent_sha256
         self.is_torn = False

@@ -1,5 +1,5 @@
 # pyright: basic
-"""The passes of a tick: assigns slices to ranks, lanes and entry blocks, and runs them."""
+"""The passes of a tick: assigns slices to ranks and lanes, and runs them."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +14,6 @@ from lora_core.base_model.model import BaseModel
 from lora_core.config import Kind, LoraConfig
 from lora_core.distributed.ranks import Ranks
 from lora_core.engine.job import TrainingJob
-from lora_core.engine.prefix_cache import Prefixes, by_entry, slices_of
 from lora_core.forward.language_model import run_evaluation, run_training
 from lora_core.losses.preference import RewardSums, SliceScores
 from lora_core.packing.packed_batch import ROW_MULTIPLE, SliceInput, build_pack
@@ -72,23 +71,17 @@ class TickPlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Computed:
-    """Scores of all slices and the cost of the tick.
-
-    `cost` is in equivalent tokens through the whole base model, over all ranks. `fullest_lane` is that of the lane
-    with the highest cost.
-    """
+    """Scores of all slices, and the number of tokens of the fullest lane of all ranks."""
 
     scores: list[SliceScores]
-    cost: int
     fullest_lane: int
 
 
 class Passes:
     """Runs the passes of one engine."""
 
-    def __init__(self, base: BaseModel, *, prefixes: Prefixes, lanes: Lanes, ranks: Ranks) -> None:
+    def __init__(self, base: BaseModel, *, lanes: Lanes, ranks: Ranks) -> None:
         self._base = base
-        self._prefixes = prefixes
         self._lanes = lanes
         self._ranks = ranks
 
@@ -101,22 +94,20 @@ class Passes:
         own = [index for index, rank in enumerate(plan.ranks) if rank == self._ranks.rank]
         shortage: str | None = None
         scores: list[SliceScores] = []
-        costs: list[int] = []
+        sizes = [plan.sizes[index] for index in own]
         lanes: list[list[int]] = []
         try:
             with shortage_in_pass(is_sharded=self._base.is_sharded):
                 slices = _slices(plan, jobs, own)
-                sizes = [plan.sizes[index] for index in own]
-                costs = [self._prefixes.cost(part, size) for part, size in zip(slices, sizes, strict=True)]
-                lanes = split(costs, num_tokens=sum(sizes), num_lanes=self._lanes.count) if own else []
+                lanes = split(sizes, num_lanes=self._lanes.count) if own else []
                 if self._base.is_sharded:
                     slices += self._keeping_step(slices, plan, jobs)
                     lanes = [list(range(len(slices)))]
                 scores = self._run_lanes(lanes, slices, plan.kind, checkpointed=plan.checkpointed)[: len(own)]
         except torch.OutOfMemoryError as error:
             shortage = str(error)  # the error itself would keep the activations of its frames alive
-        own_lanes = [sum(costs[index] for index in lane if index < len(own)) for lane in lanes]
-        fields = {"scores": [asdict(score) for score in scores], "cost": sum(costs), "lane": max(own_lanes, default=0)}
+        own_lanes = [sum(sizes[index] for index in lane if index < len(own)) for lane in lanes]
+        fields = {"scores": [asdict(score) for score in scores], "lane": max(own_lanes, default=0)}
         found = self._ranks.gathered(fields if shortage is None else None)
         if shortage is not None:
             raise torch.OutOfMemoryError(shortage)
@@ -125,7 +116,6 @@ class Passes:
         each = [iter(of_rank["scores"]) for of_rank in found]
         return Computed(
             scores=[_scores(next(each[rank])) for rank in plan.ranks],
-            cost=sum(of_rank["cost"] for of_rank in found),
             fullest_lane=max(of_rank["lane"] for of_rank in found),
         )
 
@@ -156,11 +146,8 @@ class Passes:
         run = run_training if kind == "train" else run_evaluation
 
         def compute(lane: list[int]) -> list[SliceScores]:
-            found: dict[int, SliceScores] = {}
-            for group, parts in by_entry(lane, slices):
-                pack = self._prefixes.entered(build_pack(parts, device=self._base.device), parts)
-                found |= zip(group, run(self._base, replace(pack, is_checkpointed=checkpointed)), strict=True)
-            return [found[index] for index in lane]
+            pack = build_pack([slices[index] for index in lane], device=self._base.device)
+            return run(self._base, replace(pack, is_checkpointed=checkpointed))
 
         scores = dict(zip(chain(*lanes), chain(*self._lanes.run(compute, lanes)), strict=True))
         return [scores[index] for index in range(len(slices))]
@@ -170,7 +157,7 @@ def _slices(plan: TickPlan, jobs: Mapping[str, TrainingJob], own: Sequence[int])
     """Return the slices with the indices `own`."""
     wanted, slices = set(own), list[SliceInput]()
     for name, numbers in plan.by_job().items():
-        slices += slices_of(jobs[name], [number - numbers.start for number in numbers if number in wanted])
+        slices += jobs[name].next_slices(number - numbers.start for number in numbers if number in wanted)
     return slices
 
 

@@ -38,17 +38,13 @@ class Throughput:
         """The same for the fullest lane alone. 0 before the first tick."""
         self._by_size: dict[PackSize, dict[int, SizeAverage]] = {"alone": {}, "together": {}}
 
-    def record(self, *, num_tokens: int, cost: int, fullest_lane: int, num_jobs: int, seconds: float) -> None:
-        """Record one tick.
-
-        `cost` is the number of tokens through all blocks that would take as long as these `num_tokens`, some of which
-        the prefix cache may shorten. `fullest_lane` is the part of `cost` in the fullest lane.
-        """
+    def record(self, *, num_tokens: int, fullest_lane: int, num_jobs: int, seconds: float) -> None:
+        """Record one tick. `fullest_lane` is the number of tokens of the lane that had the most."""
         of_size = self._by_size["alone" if num_jobs == 1 else "together"].setdefault(
             num_tokens.bit_length(), SizeAverage()
         )
         is_cold = of_size.num_ticks < COLD_TICKS
-        of_size.add(num_tokens, cost / seconds)
+        of_size.add(num_tokens, num_tokens / seconds)
         if is_cold and self._num_warm:
             return
         share = NEWEST_SHARE if self._num_warm else 1.0

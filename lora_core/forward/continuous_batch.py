@@ -226,7 +226,7 @@ class ContinuousBatch:
         for answer in self._growing:
             self._prepare_cache(answer)
         costs = [len(answer.new_ids()) for answer in self._growing]
-        parts = split(costs, num_tokens=sum(costs), num_lanes=self._lanes.count)
+        parts = split(costs, num_lanes=self._lanes.count)
         found = self._lanes.run(self._compute_lane, [[self._growing[index] for index in part] for part in parts])
         return [pair for of_lane in found for pair in of_lane]
 

@@ -29,28 +29,6 @@ ROW_MULTIPLE = 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EntryBlock:
-    """The block at which the sequences of a slice may enter the base model. `job` adapts nothing below it.
-
-    `keeps` is whether the job will process these sequences again, so that caching the block's input is worthwhile.
-    """
-
-    block: int
-    job: str
-    keeps: bool
-
-
-@dataclass(kw_only=True, slots=True)
-class BlockRange:
-    """A pass runs blocks [first, last). `entering_TD` is the input of `first`; `left_TD` is set to that of `last`."""
-
-    first: int = 0
-    entering_TD: Tensor | None = None
-    last: int | None = None
-    left_TD: Tensor | None = None
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class NoiseKey:
     """Key of the NEFTune noise of one slice, whose sequences have these lengths."""
 
@@ -133,7 +111,6 @@ class SliceInput:
     reference_point: float | None = None
     token_types: tuple[np.ndarray | None, ...] = ()
     noise: NoiseKey | None = None
-    entry: EntryBlock | None = None
     is_by_row: bool = False
     """Compute LoRA row by row, so that the bits of a row don't depend on the number of rows (kernels/generation.py)."""
     reference: FlatAdapter | None = None
@@ -216,7 +193,6 @@ class PackedBatch:
     is_checkpointed: bool = (
         False  # activation checkpointing: the backward recomputes each block (layers/activation_checkpointing.py)
     )
-    passage: BlockRange | None = None
     plans: dict[int, Any] = field(default_factory=dict)  # of layers/tiled_lora.py, by the identity of `segments`
     caches: tuple[SequenceCache, ...] = ()  # in generation (forward/continuous_batch.py): the pack has only new tokens
     newest_rows_n: Tensor | None = None
@@ -237,11 +213,6 @@ def build_pack(slices: Sequence[SliceInput], *, device: str) -> PackedBatch:
     ]
     reference = _concatenated(compared, _segments(compared), device=device) if compared else None
     return replace(_concatenated(slices, _segments(slices), device=device), reference=reference)
-
-
-def bare_pack(slices: Sequence[SliceInput], *, device: str) -> PackedBatch:
-    """Concatenate the sequences without the adapters of their jobs."""
-    return _concatenated(slices, (), device=device)
 
 
 def _concatenated(slices: Sequence[SliceInput], segments: tuple[BatchSegment, ...], *, device: str) -> PackedBatch:

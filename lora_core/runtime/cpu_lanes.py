@@ -29,19 +29,19 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def split(costs: Sequence[int], *, num_tokens: int, num_lanes: int) -> list[list[int]]:
-    """Distribute slices over lanes of about equal cost (longest processing time first). Return indices of `costs`.
+def split(sizes: Sequence[int], *, num_lanes: int) -> list[list[int]]:
+    """Distribute slices over lanes of about equal size (longest processing time first). Return indices of `sizes`.
 
-    There are at most `num_lanes` lanes, at most one per MIN_LANE_TOKENS of `num_tokens`, and none is empty. Indices
+    There are at most `num_lanes` lanes, at most one per MIN_LANE_TOKENS tokens, and none is empty. Indices
     within a lane are in order.
     """
-    wanted = max(1, min(num_lanes, len(costs), num_tokens // MIN_LANE_TOKENS))
+    wanted = max(1, min(num_lanes, len(sizes), sum(sizes) // MIN_LANE_TOKENS))
     lanes: list[list[int]] = [[] for _ in range(wanted)]
     filled = [0] * wanted
-    for index in sorted(range(len(costs)), key=lambda index: -costs[index]):
+    for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
         lane = filled.index(min(filled))
         lanes[lane].append(index)
-        filled[lane] += costs[index]
+        filled[lane] += sizes[index]
     return [sorted(lane) for lane in lanes]
 
 

@@ -45,8 +45,7 @@ def main(folder: Path, family: str, dtype: str, task: str) -> None:
         base = load_base(folder, dtype=cast(Any, dtype), device=DEVICE, task=cast(Any, task))
         base.attachment = Attachment(base.model, AS_ON_A_GPU)
         blocks = "always" if dtype == "float32" else "never"
-        kept = {"prefix_memory_bytes": 1 << 13, "prefix_disk_bytes": 1 << 24, "prefix_folder": Path(scratch)}
-        engine = Engine(base, EngineConfig(token_budget=512, checkpoint_blocks=blocks, **kept))
+        engine = Engine(base, EngineConfig(token_budget=512, checkpoint_blocks=blocks))
         for name, submission in jobs.items():
             admit(engine, name, submission)
         while not engine.idle:

@@ -15,7 +15,6 @@ def trainer_settings(base_dir: Path, **changes: Any) -> dict[str, Any]:
         "quantization": "none",
         "strategy": "replicated",
         "device": "cpu",
-        "prefix_disk_bytes": 0,
         "batch_invariant": True,
         "idle_seconds": None,
     }

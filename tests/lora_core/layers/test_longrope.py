@@ -19,7 +19,7 @@ from lora_core.engine_config import EngineConfig
 from lora_core.errors import UnsupportedModel
 from lora_core.forward.generation import Prompts
 from lora_core.forward.language_model import hidden_states
-from lora_core.packing.packed_batch import SliceInput, bare_pack
+from lora_core.packing.packed_batch import SliceInput, build_pack
 from tests.lora_core.scenarios import VOCAB, Submission, admit, config, dataset, run_alone, run_elastically
 from tests.lora_core.test_families import HEADS, save
 
@@ -71,7 +71,7 @@ def top(job: JobConfig) -> JobConfig:
 
 
 def jobs() -> dict[str, Submission]:
-    """Return jobs with short rows only, short and long rows, pairs, single rated answers, and frozen lower layers."""
+    """Return jobs with short rows only, short and long rows, pairs, rated answers, and an adapter on the top block."""
     dpo, kto = ObjectiveConfig(kind="dpo", beta=0.5), ObjectiveConfig(kind="kto", beta=0.4)
     rated = replace(dataset(5, [30, 80, 65, 12]), labels=np.array([1, 0, 1, 0], np.float32))
     return {
@@ -99,10 +99,11 @@ def jobs() -> dict[str, Submission]:
 def test_packed_equals_solo_with_packmates_of_any_length(folders, dtype, num_lanes):
     base = load_base(folders["phi3"], dtype=dtype, device="cpu")
     alone = {name: run_alone(base, job) for name, job in jobs().items()}
-    options: dict[str, Any] = {"num_lanes": num_lanes, "prefix_memory_bytes": 1 << 24}
-    options |= {"checkpoint_blocks": "always"} if num_lanes == 2 else {}
+    blocks = "always" if num_lanes == 2 else "auto"
 
-    packed = run_elastically(base, jobs(), token_budget=2048, seed=3, victim="none", **options)
+    packed = run_elastically(
+        base, jobs(), token_budget=2048, seed=3, victim="none", num_lanes=num_lanes, checkpoint_blocks=blocks
+    )
 
     assert {name: packed[name] == alone[name] for name in alone} == dict.fromkeys(alone, True)
 
@@ -117,7 +118,7 @@ def packed_states(base: BaseModel, rows: list[np.ndarray]) -> list[Tensor]:
     admit(engine, "any", Submission(config=config(), train=dataset(1, [5])))
     pairs = tuple((row, np.zeros(len(row), np.uint8)) for row in rows)
     part = SliceInput(adapter=engine._jobs["any"].adapter, sequences=pairs, label_weight=0.0, dropout=None)
-    pack = bare_pack([part], device="cpu")
+    pack = build_pack([part], device="cpu")
     with torch.no_grad():
         return list(hidden_states(base, pack).split(list(pack.sequence_lengths)))[: len(rows)]
 

@@ -33,7 +33,6 @@ from tests.lora_core.scenarios import (
     rename,
     run_alone,
     run_elastically,
-    state_bytes,
     weights,
 )
 
@@ -341,24 +340,3 @@ def test_configuration_of_a_child_is_read_from_the_folder(load, tmp_path):
     assert (doubled.rank, doubled.alpha, doubled.init_lora_weights) == (8, 16, "default")
     assert len(plain.target_modules) == 14
     assert plain == replace(LoraConfig(rank=4, alpha=8), target_modules=plain.target_modules)
-
-
-def test_child_compared_with_its_parent_reuses_the_prefix_of_both(load, tmp_path):
-    base = load("llama")
-    plain = parent_job("lora")
-    top = replace(plain.config.lora, target_modules=("layers.1.mlp.up_proj", "layers.1.mlp.down_proj"))
-    parent = replace(plain, config=replace(plain.config, lora=top))
-    trained(base, parent).export("job", tmp_path / "parent", base_name="tiny")
-    pairs = dataset(91, [9, 14, 31, 22])
-    job = replace(child_of(tmp_path / "parent", objective=DPO), train=pairs, valid=pairs)
-    whole = run_alone(base, job)
-
-    engine = Engine(base, EngineConfig(token_budget=4096, prefix_memory_bytes=1 << 24))
-    admit(engine, "job", job)
-    events = []
-    while not engine.idle:
-        events += engine.tick()
-
-    assert engine.prefixes.reused_tokens > 0
-    assert rename(events, "job") == whole.events
-    assert state_bytes(engine, "job") == whole.vectors

@@ -25,23 +25,19 @@ from tests.lora_core.scenarios import (
 )
 
 
-@given(st.lists(st.integers(1, 2048), min_size=1, max_size=20), st.integers(1, 8), st.integers(1, 5))
-def test_every_slice_is_in_one_lane_and_no_lane_is_empty_or_too_full(
-    costs: list[int], num_lanes: int, tokens_per_cost: int
-) -> None:
-    num_tokens = tokens_per_cost * sum(costs)
+@given(st.lists(st.integers(1, 2048), min_size=1, max_size=20), st.integers(1, 8))
+def test_every_slice_is_in_one_lane_and_no_lane_is_empty_or_too_full(sizes: list[int], num_lanes: int) -> None:
+    lanes = split(sizes, num_lanes=num_lanes)
 
-    lanes = split(costs, num_tokens=num_tokens, num_lanes=num_lanes)
-
-    assert sorted(index for lane in lanes for index in lane) == list(range(len(costs)))
+    assert sorted(index for lane in lanes for index in lane) == list(range(len(sizes)))
     assert all(lanes)
-    assert len(lanes) == max(1, min(num_lanes, len(costs), num_tokens // MIN_LANE_TOKENS))
-    fullest = max(sum(costs[index] for index in lane) for lane in lanes)
-    assert fullest <= sum(costs) / len(lanes) + max(costs)
+    assert len(lanes) == max(1, min(num_lanes, len(sizes), sum(sizes) // MIN_LANE_TOKENS))
+    fullest = max(sum(sizes[index] for index in lane) for lane in lanes)
+    assert fullest <= sum(sizes) / len(lanes) + max(sizes)
 
 
 def test_few_tokens_stay_in_one_lane() -> None:
-    assert split([MIN_LANE_TOKENS // 2] * 2, num_tokens=MIN_LANE_TOKENS, num_lanes=4) == [[0, 1]]
+    assert split([MIN_LANE_TOKENS // 2] * 2, num_lanes=4) == [[0, 1]]
 
 
 def test_lanes_run_concurrently() -> None:
@@ -146,19 +142,3 @@ def test_step_of_one_job_fills_every_lane_on_a_slow_machine(load, monkeypatch):
         engine.tick()
 
     assert used == [2] * (1 + 8), "the probe at start, then one tick for each step"
-
-
-def test_slices_on_cached_rows_fill_as_many_lanes_as_on_new_rows(load, monkeypatch):
-    """Their tokens, not their remaining work, decide whether another pass over the base's weights pays off."""
-    monkeypatch.setattr(lanes_module, "MIN_LANE_TOKENS", 20)
-    engine = Engine(load("llama"), EngineConfig(max_tick_seconds=3600, num_lanes=2, prefix_memory_bytes=1 << 24))
-    used = spy_on_lanes(monkeypatch)
-    for seed in (1, 2):
-        job = config(seed=seed, num_steps=3, batch_size=1)
-        upper = replace(job, lora=replace(job.lora, layers_to_transform=(1,)))
-        admit(engine, str(seed), Submission(config=upper, train=dataset(seed, [20])))
-    while not engine.idle:
-        engine.tick()
-
-    assert engine.prefixes.reused_tokens == 2 * 2 * 20
-    assert used == [2] * 3

@@ -6,8 +6,6 @@ Only the trainer imports this module. No other code does this conversion.
 from __future__ import annotations
 
 import math
-import os
-from pathlib import Path
 from typing import Any, cast
 
 from catalog.resources.memory import FURTHER_SLICES, MOST_JOB_TOKENS, tick_tokens
@@ -31,24 +29,17 @@ TICKS_ALONE = 3
 catalog/resources/throughput.py."""
 
 
-def engine_config(settings: Json, *, num_threads: int, folder: Path) -> EngineConfig:
+def engine_config(settings: Json, *, num_threads: int) -> EngineConfig:
     """Return the configuration of the engine. settings: the trainer's. num_threads: cores that it may use. On a CPU,
-    each core is a lane.
-
-    Cached prefix activations are stored in files in `folder`. They use the kernel's page cache, and no memory that
-    placement doesn't account for. The processes of one machine share the budget.
-    """
+    each core is a lane."""
     kind = "cpu" if settings["device"] == "cpu" else "cuda"
     num_lanes = num_threads if kind == "cpu" else 1
-    num_sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return EngineConfig(
         token_budget=tick_tokens(kind, num_lanes=num_threads),
         job_tokens=MOST_JOB_TOKENS[kind],
         job_slices=1 + FURTHER_SLICES,
         num_lanes=num_lanes,
         ticks_alone=TICKS_ALONE,
-        prefix_disk_bytes=int(settings["prefix_disk_bytes"]) // num_sharing,
-        prefix_folder=folder,
         batch_invariant=bool(settings["batch_invariant"]),
     )
 

@@ -95,7 +95,7 @@ def load_engine(directory: TrainerDirectory, events: EventWriter, ranks: Ranks =
             ranks=ranks,
         )
     loaded = time.monotonic()
-    engine = Engine(base, engine_config(settings, num_threads=devices.num_threads(), folder=directory.path), ranks)
+    engine = Engine(base, engine_config(settings, num_threads=devices.num_threads()), ranks)
     events.write(
         {
             "type": "ready",

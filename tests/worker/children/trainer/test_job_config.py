@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -16,8 +15,6 @@ from lora_core.adapter.optimizer import learning_rate_at
 from lora_core.config import MAX_DROPOUT, EarlyStoppingConfig, LoraConfig, ObjectiveConfig, OptimizerConfig
 from lora_core.engine_config import EngineConfig
 from worker.children.trainer.job_config import engine_config, job_config
-
-FOLDER = Path(__file__).parent
 
 
 def request(**fields: object) -> JobRequest:
@@ -179,17 +176,8 @@ def test_a_cpu_has_one_lane_per_core_and_a_gpu_has_one() -> None:
     assert engine_of("cuda:0", num_threads=3).num_lanes == 1
 
 
-@pytest.mark.parametrize("num_bytes", [7, 0])
-def test_prefixes_are_cached_on_disk_within_the_budget_and_not_in_memory(num_bytes: int) -> None:
-    config = engine_of("cpu", num_threads=1, prefix_disk_bytes=num_bytes)
-
-    assert (config.prefix_disk_bytes, config.prefix_memory_bytes) == (num_bytes, 0)
-    assert config.prefix_folder == FOLDER
-
-
-def engine_of(device: str, *, num_threads: int, prefix_disk_bytes: int = 0) -> EngineConfig:
-    settings = {"device": device, "prefix_disk_bytes": prefix_disk_bytes, "batch_invariant": True}
-    return engine_config(settings, num_threads=num_threads, folder=FOLDER)
+def engine_of(device: str, *, num_threads: int) -> EngineConfig:
+    return engine_config({"device": device, "batch_invariant": True}, num_threads=num_threads)
 
 
 @pytest.mark.parametrize("method", get_args(MethodType))
