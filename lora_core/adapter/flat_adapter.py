@@ -9,7 +9,6 @@ different jobs share no memory.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import accumulate, pairwise
 
 import torch
@@ -19,7 +18,6 @@ from lora_core.adapter.adafactor import lay_out_blocks
 from lora_core.adapter.initialization import decomposed, initial_a, start_work
 from lora_core.adapter.modules_to_save import TensorViews, TrainedTensors
 from lora_core.config import LoraConfig, OptimizerKind
-from lora_core.kernels.gpu.adafactor_table import MatrixLayout
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,13 +175,6 @@ class FlatAdapter:
     def _magnitude(self, span: slice) -> MagnitudeViews:
         m_O = self.p[span]
         return MagnitudeViews(m_O=m_O, grad_O=self.g[span], norm_O=torch.ones_like(m_O), factor_O=torch.ones_like(m_O))
-
-    @cached_property
-    def matrix_layout(self) -> MatrixLayout:
-        """The positions of `blocks` as kernels take them."""
-        shapes = [block.shape for block in self.blocks]
-        starts = [block.numbers.start for block in self.blocks]
-        return MatrixLayout.of(shapes, starts, [block.memory.start for block in self.blocks])
 
     @property
     def num_parameters(self) -> int:

@@ -8,7 +8,6 @@ optimizer keeps its state in the adapter's m and v.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,14 +15,10 @@ from torch import Tensor
 from lora_core.adapter.adafactor import Block, adafactor_bounds, adafactor_step
 from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.config import OptimizerConfig, ScheduleConfig
-from lora_core.kernels.gpu.adafactor_table import AdafactorStep
 from lora_core.kernels.gpu.optimizer_table import AdamwStep
 from lora_core.kernels.on_device import has_gpu_kernels
 
 FLOAT32 = torch.finfo(torch.float32)
-
-JointStep = AdamwStep | AdafactorStep
-"""A step that a GPU takes together with those of other jobs."""
 
 
 def learning_rate_at(step: int, *, peak: float, schedule: ScheduleConfig) -> float:
@@ -179,49 +174,41 @@ def optimizer_step(
 
 
 def has_joint_step(adapter: FlatAdapter, config: OptimizerConfig) -> bool:
-    """Return whether `joint_steps` takes the steps of this adapter: AdamW or Adafactor on a GPU with kernels."""
-    return config.kind != "sgd" and has_gpu_kernels(adapter.p)
+    """Return whether `joint_steps` takes the steps of this adapter: AdamW on a GPU with kernels."""
+    return config.kind == "adamw" and has_gpu_kernels(adapter.p)
 
 
-def joint_steps(steps: Sequence[JointStep]) -> list[Callable[[], None]]:
+def joint_steps(steps: Sequence[AdamwStep]) -> list[Callable[[], None]]:
     """Upload all steps, and return the launches that take them.
 
     Call `refresh_derived` of each adapter after the launches. Raises torch.OutOfMemoryError.
     """
-    from lora_core.kernels.gpu import adafactor, optimizer
+    from lora_core.kernels.gpu import optimizer
 
-    of_adamw = [step for step in steps if isinstance(step, AdamwStep)]
-    of_adafactor = [step for step in steps if isinstance(step, AdafactorStep)]
-    launches = optimizer.adamw_launches(of_adamw) if of_adamw else []
-    return launches + (adafactor.adafactor_launches(of_adafactor) if of_adafactor else [])
+    return optimizer.adamw_launches(steps)
 
 
 def joint_step_of(
     adapter: FlatAdapter, config: OptimizerConfig, *, step: int, learning_rate: float, norm: float
-) -> JointStep:
-    """Return the step as kernels take it (lora_core/kernels/gpu). Arguments as in `optimizer_step`."""
+) -> AdamwStep:
+    """Return the step as the kernel takes it (lora_core/kernels/gpu). Arguments as in `optimizer_step`."""
     has_plus = config.lora_plus_ratio != 1
-    shared: dict[str, Any] = {
-        "p": adapter.p,
-        "g": adapter.g,
-        "v": adapter.v,
-        "compute": None if adapter.compute is adapter.p else adapter.compute,
-        "clip": _clip_factor(config, norm),
-        "weight_decay": config.weight_decay,
-        "step": step,
-        "rate": learning_rate,
-        "plus": slice(adapter.num_a, adapter.num_lora) if has_plus else slice(0, 0),
-        "plus_rate": learning_rate * config.lora_plus_ratio,
-    }
-    if config.kind == "adafactor":
-        return AdafactorStep(
-            layout=adapter.matrix_layout,
-            beta2_decay=config.beta2_decay,
-            clip_threshold=config.clip_threshold,
-            scale_floor=config.scale_floor,
-            **shared,
-        )
-    return AdamwStep(m=adapter.m, beta1=config.beta1, beta2=config.beta2, eps=config.eps, **shared)
+    return AdamwStep(
+        p=adapter.p,
+        g=adapter.g,
+        m=adapter.m,
+        v=adapter.v,
+        compute=None if adapter.compute is adapter.p else adapter.compute,
+        clip=_clip_factor(config, norm),
+        beta1=config.beta1,
+        beta2=config.beta2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+        step=step,
+        rate=learning_rate,
+        plus=slice(adapter.num_a, adapter.num_lora) if has_plus else slice(0, 0),
+        plus_rate=learning_rate * config.lora_plus_ratio,
+    )
 
 
 def _clip_factor(config: OptimizerConfig, norm: float) -> float:

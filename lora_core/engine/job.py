@@ -15,7 +15,6 @@ from torch import Tensor
 
 from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.adapter.optimizer import (
-    JointStep,
     StepSizes,
     has_joint_sizes,
     has_joint_step,
@@ -34,6 +33,7 @@ from lora_core.distributed.ranks import ALONE, Ranks
 from lora_core.engine.divergence import is_dead
 from lora_core.engine.early_stopping import Selection
 from lora_core.events import Event, JobDiverged, JobEvaluated, JobFinished, JobStepped, Rewards
+from lora_core.kernels.gpu.optimizer_table import AdamwStep
 from lora_core.losses.preference import SliceScores
 from lora_core.packing.packed_batch import DropoutKey, NoiseKey, SliceInput
 
@@ -258,9 +258,9 @@ class TrainingJob:
 
     @property
     def step_adds_on_device(self) -> bool:
-        """Whether a step contains sums whose last bits depend on the model of the device: Adafactor's root mean squares
-        without the kernels of a GPU, which add up fixed blocks."""
-        return self.config.optimizer.kind == "adafactor" and not self.has_joint_step
+        """Whether a step contains sums whose last bits depend on the model of the device: Adafactor's root mean
+        squares."""
+        return self.config.optimizer.kind == "adafactor"
 
     def replay_unit(self) -> None:
         """Discard the slices computed since the last completed step or evaluation."""
@@ -281,7 +281,7 @@ class TrainingJob:
             optimizer_step(self.adapter, config, step=self.step + 1, learning_rate=rate, norm=sizes.norm)
         return self.complete_step(sizes)
 
-    def joint_step(self, sizes: StepSizes) -> JointStep:
+    def joint_step(self, sizes: StepSizes) -> AdamwStep:
         """Return the step that is due, for a job with `has_joint_step`. Arguments as in `finish_step`."""
         config, rate = self.config.optimizer, self._next_rate
         return joint_step_of(self.adapter, config, step=self.step + 1, learning_rate=rate, norm=sizes.norm)

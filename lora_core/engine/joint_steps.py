@@ -1,7 +1,7 @@
 # pyright: basic
-"""Runs the optimizer step of all jobs of a tick on a GPU in a few kernel launches.
+"""Takes the AdamW steps of all jobs of a tick on a GPU in a few kernel launches.
 
-A CPU measures and takes the step of each job separately (job.py). So does a GPU with the steps of SGD.
+A CPU measures and takes the step of each job separately (job.py). So does a GPU with the steps of SGD and Adafactor.
 """
 
 from collections.abc import Sequence

@@ -4,17 +4,13 @@
 Shape suffixes: T tokens, D features, C labels, V classes.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from functools import cache
-from itertools import accumulate
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lora_core.kernels.gpu.adafactor_table import AdafactorStep, MatrixLayout
 from lora_core.kernels.gpu.optimizer_table import AdamwStep
 from lora_core.kernels.gpu.trial_failures import failure_of, reason_of_others
 from lora_core.kernels.gpu.trial_inputs import numbers
@@ -32,7 +28,7 @@ _refused: dict[torch.device, str] = {}
 
 
 def why_not_elementwise(device: torch.device) -> str | None:
-    """Return why the kernels of elementwise.py, optimizer.py and adafactor.py can't be used on this device, or None."""
+    """Return why the kernels of elementwise.py and optimizer.py can't be used on this device, or None."""
     return _refused.get(device) or why_trial_failed(device)
 
 
@@ -78,7 +74,6 @@ def elementwise_results(device: torch.device, dtype: torch.dtype) -> Iterator[tu
     yield from _of_loss(device, dtype)
     for count in (10_001, 16_384):
         yield from _of_step(device, dtype, count)
-    yield from _of_factored_step(device, dtype)
 
 
 def _of_swiglu(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -176,47 +171,6 @@ def _of_step(device: torch.device, dtype: torch.dtype, count: int) -> Iterator[t
     adamw([AdamwStep(p=p, g=g, m=m, v=v, compute=copy, clip=0.5, plus=slice(0, 0), plus_rate=rate, **options)])
     yield f"a weight after a step of {count} numbers", p if copy is None else copy, expected
     yield f"a moment after a step of {count} numbers", torch.cat([m, v]), torch.cat([new_m, new_v])
-
-
-def _of_factored_step(device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Take two Adafactor steps of matrices and of a vector.
-
-    One pair of matrices has more columns than rows, another has more rows. Rows of one in each pair start at multiples
-    of 16 bytes.
-    """
-    from lora_core.kernels.gpu.adafactor import adafactor
-
-    shapes = [(20, 300), (300, 20), (300,), (20, 301), (301, 21)]
-    counts = [math.prod(shape) for shape in shapes]
-    memory = [sum(shape) for shape in shapes]
-    starts, state_starts = [list(accumulate(sizes[:-1], initial=0)) for sizes in (counts, memory)]
-    options: dict[str, Any] = {"beta2_decay": -0.5, "weight_decay": 0.1}
-    p, g = (numbers((sum(counts),), seed, device) for seed in (18, 19))
-    v = torch.zeros(sum(memory), device=device)
-    copy = None if dtype == torch.float32 else torch.empty_like(p, dtype=dtype)
-    parts = zip(p.split(counts), g.split(counts), shapes, strict=True)
-    leaves = [(_leaf(p_part.view(shape)), g_part.view(shape) / 2) for p_part, g_part, shape in parts]
-    reference = torch.optim.Adafactor([leaf for leaf, _ in leaves], lr=0.05, d=1.0, eps=(None, 1e-3), **options)
-    layout = MatrixLayout.of(shapes, starts, state_starts)
-    shared: dict[str, Any] = {
-        "rate": 0.05,
-        "plus": slice(0, 0),
-        "plus_rate": 0.05,
-        "clip": 0.5,
-        "layout": layout,
-        **options,
-    }
-    for step in (1, 2):
-        for leaf, gradient in leaves:
-            leaf.grad = gradient * step
-        reference.step()
-        vectors = {"p": p, "g": g * step, "v": v, "compute": copy}
-        adafactor([AdafactorStep(clip_threshold=1.0, scale_floor=1e-3, step=step, **vectors, **shared)])
-    expected = torch.cat([leaf.detach().flatten() for leaf, _ in leaves])
-    yield "a weight after a factored step", p if copy is None else copy, expected
-    states = [reference.state[leaf] for leaf, _ in leaves]
-    kept = [state[name].flatten() for state in states for name in ("row_var", "col_var", "variance") if name in state]
-    yield "the state after a factored step", v, torch.cat(kept)
 
 
 def _leaf(tensor: Tensor) -> Tensor:

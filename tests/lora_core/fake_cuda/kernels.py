@@ -5,13 +5,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lora_core.kernels.gpu.adafactor_table import AdafactorStep, tables_of
 from lora_core.kernels.gpu.optimizer_table import NUM_WORDS, AdamwStep
 from lora_core.kernels.gpu.tables import TileGroup
 from lora_core.runtime.transfers import upload
@@ -74,17 +72,6 @@ def stand_ins(observer: DeviceObserver) -> dict[str, ModuleType]:
         upload([np.zeros((len(steps), NUM_WORDS), np.int64)], steps[0].p.device)
         return [lambda: launch("adamw")]
 
-    def adafactor_launches(steps: Sequence[AdafactorStep]) -> list[Callable[[], None]]:
-        with patch("lora_core.kernels.gpu.adafactor_table.address_of", lambda _: 1 << 20):
-            tables = tables_of(steps)
-        device = steps[0].p.device
-        upload([tables.entries.view(np.int64), tables.tiles, tables.chunks], device)
-        memory = torch.empty(tables.num_partials, device=device), torch.empty(2 * tables.num_squares, device=device)
-        by_kind = len(tables.kinds)
-        names = ["squares"] * by_kind + ["mean squares", "scales"]
-        names += ["squares of updates"] * by_kind + ["factors"] + ["adafactor"] * by_kind
-        return [partial(launch, name, memory) for name in names]
-
     def step_sizes(vectors: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         upload([np.zeros((len(vectors), 5), np.int64)], vectors[0][0].device)
         launch("partial sizes")
@@ -99,7 +86,6 @@ def stand_ins(observer: DeviceObserver) -> dict[str, ModuleType]:
             draw_mask=partial(_draw_mask, observer), draw_within=partial(_draw_within, observer)
         ),
         f"{PACKAGE}.segmented_lora": _module(add_lora=add_lora, add_lora_gradients=add_lora_gradients),
-        f"{PACKAGE}.adafactor": _module(adafactor_launches=adafactor_launches),
         f"{PACKAGE}.optimizer": _module(adamw_launches=adamw_launches, step_sizes=step_sizes),
     }
 

@@ -24,8 +24,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from lora_core.kernels.gpu import adafactor, attention, decoding, elementwise, optimizer, random_numbers, segmented_lora
-from lora_core.kernels.gpu.adafactor_table import CHUNK, TILES
+from lora_core.kernels.gpu import attention, decoding, elementwise, optimizer, random_numbers, segmented_lora
 from lora_core.kernels.gpu.attention_trial import TILED_HEADS
 from lora_core.kernels.gpu.tables import MOST_SIBLINGS, WIDTHS, TileClass
 
@@ -66,7 +65,6 @@ def configurations() -> Iterator[Configuration]:
     yield from of_rows()
     yield from of_losses()
     yield from of_steps()
-    yield from of_factored_steps()
 
 
 def of_lora() -> Iterator[Configuration]:
@@ -205,24 +203,6 @@ def of_steps() -> Iterator[Configuration]:
     yield plain("whole sizes", optimizer._whole_sizes, types, MANY=1024, **constants)
 
 
-def of_factored_steps() -> Iterator[Configuration]:
-    types = {"table": "*i64", "partials": "*fp32", "squares": "*fp64", "scales": "*fp64"}
-    types |= {"tiles": "*i32", "chunks": "*i32"}
-    for is_tall, aligned in product(TILES, (True, False)):
-        rows, columns = TILES[is_tall]
-        constants = {"ROWS": rows, "COLUMNS": columns, "ALIGNED": aligned, **adafactor.OPTIONS}
-        label = f"tiles of {rows} by {columns}, aligned {aligned}"
-        yield plain(f"Adafactor: squares, {label}", adafactor._squares, types, **constants)
-        yield plain(f"Adafactor: updates' squares, {label}", adafactor._update_squares, types, **constants)
-        for copied in (False, True):
-            name = f"Adafactor: step, {label}, copy {copied}"
-            yield plain(name, adafactor._update, types, HAS_COPY=copied, **constants)
-    yield plain("Adafactor: mean squares", adafactor._mean_squares, types, CHUNK=CHUNK, **adafactor.OPTIONS)
-    for name in ("scales", "factors"):
-        kernel = getattr(adafactor, f"_{name}")
-        yield plain(f"Adafactor: {name}", kernel, types, MANY=adafactor.MANY, **adafactor.OPTIONS)
-
-
 def plain(name: str, kernel: Any, types: dict[str, str], **constants: Any) -> Configuration:
     """Return the configuration of a kernel without matrix products."""
     is_wide = constants.get("ALIGNED", True) and not any(part in name for part in NARROW_KERNELS)
@@ -236,7 +216,7 @@ def compiled(configuration: Configuration, capability: int) -> dict[str, Any]:
     arguments = configuration.kernel.arg_names
     signature = {name: "constexpr" if name in constants else configuration.types[name] for name in arguments}
     kernel = configuration.kernel
-    general = {*kernel.do_not_specialize, *kernel.do_not_specialize_on_alignment}
+    general = set(kernel.do_not_specialize)
     divisible = {
         (index,): [["tt.divisibility", 16]]
         for index, (name, kind) in enumerate(signature.items())

@@ -54,18 +54,17 @@ def _launch(kernel: Any, args: Iterable[Any], kwargs: Mapping[str, Any]) -> Laun
     is_constant = {name: "constexpr" in str(parameter.annotation) for name, parameter in parameters.items()}
     constants = {name: value for name, value in bound.arguments.items() if is_constant[name]}
     general = kernel.kwargs.get("do_not_specialize") or ()
-    unaligned = kernel.kwargs.get("do_not_specialize_on_alignment") or ()
     properties = {
-        name: _properties(value, ignores_alignment=name in unaligned)
+        name: _properties(value)
         for name, value in bound.arguments.items()
         if not is_constant[name] and name not in general
     }
     return Launch(kernel=kernel.fn.__name__, constants=constants | options, properties=properties)
 
 
-def _properties(value: Any, *, ignores_alignment: bool) -> Any:
+def _properties(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.dtype, ignores_alignment or value.data_ptr() % DIVISOR == 0
+        return value.dtype, value.data_ptr() % DIVISOR == 0
     if isinstance(value, int):
-        return value == 1, ignores_alignment or value % DIVISOR == 0
+        return value == 1, value % DIVISOR == 0
     return type(value)

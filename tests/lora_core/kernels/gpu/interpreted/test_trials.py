@@ -11,7 +11,7 @@ import torch
 from lora_core.kernels.gpu import elementwise_trial, segmented_lora, trials
 from lora_core.kernels.gpu.tables import class_of
 from lora_core.kernels.gpu.trials import TRIED, run_of
-from tests.lora_core.kernels.gpu.compile_kernels import Configuration, of_factored_steps, of_lora, of_losses, of_rows
+from tests.lora_core.kernels.gpu.compile_kernels import Configuration, of_lora, of_losses, of_rows
 from tests.lora_core.kernels.gpu.compile_kernels import of_steps as of_adamw_steps
 from tests.lora_core.kernels.gpu.launches import Launch, Variant, recorded
 
@@ -80,7 +80,7 @@ def test_trial_of_lora_uses_every_variant_that_ships(monkeypatch: pytest.MonkeyP
 
 
 def test_trial_of_steps_uses_every_variant_that_ships(monkeypatch: pytest.MonkeyPatch) -> None:
-    shipped = {variant_of(configuration) for configuration in [*of_adamw_steps(), *of_factored_steps()]}
+    shipped = {variant_of(configuration) for configuration in of_adamw_steps()}
 
     launches = elementwise_launches(monkeypatch)
 
