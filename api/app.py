@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncGenerator, Iterable
-from contextlib import asynccontextmanager, suppress
-from functools import partial
+from contextlib import asynccontextmanager
 
 from anyio.to_thread import current_default_thread_limiter
 from fastapi import Depends, FastAPI
 
+from api.background.periodic import PERIODIC
+from api.background.supervisor import LOOPS, background_work
 from api.dashboard import Dashboard
 from api.deps import Services
 from api.errors import handlers
 from api.inference import batch_routes
 from api.inference.batch_loop import BatchRunner
 from api.inference.replies import Replies
-from api.maintenance_loop import (
-    LOOPS,
-    PERIODIC_TASKS,
-    keep_anchored,
-    keep_clean,
-    keep_running,
-    keep_sweeps,
-    run_periodic_tasks,
-)
 from api.middleware.http import HostPolicy, host_policy
 from api.middleware.request_gate import Gate
 from api.openapi import Api
@@ -176,7 +167,7 @@ def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
     feed = Feed(
         stream_poll_seconds=api_settings.stream_poll_seconds, heartbeat_seconds=api_settings.stream_heartbeat_seconds
     )
-    telemetry = Telemetry(PERIODIC_TASKS, LOOPS)
+    telemetry = Telemetry([each.name for each in PERIODIC], LOOPS)
     telemetry.count_streams(feed.num_listeners)
     db = Database(settings.resolved_database_url())
     pepper = load_pepper(settings, db)
@@ -224,29 +215,16 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     services: Services = app.state.services
     current_default_thread_limiter().total_tokens = ROUTE_THREADS
     file_upload.remove_stale(services.settings.data_dir / "spool")
-    runs = (
-        services.feed.run,
-        partial(run_periodic_tasks, services),
-        partial(keep_sweeps, services),
-        partial(keep_anchored, services),
-        partial(keep_clean, services),
-        services.deliverer.run,
-        services.batches.run,
-        services.keepers.run,
-    )
     await services.replies.start()
-    named = zip(LOOPS, runs, strict=True)
-    tasks = [asyncio.create_task(keep_running(name, run, services.telemetry)) for name, run in named]
     try:
-        yield
+        async with background_work(services):
+            try:
+                yield
+            finally:
+                services.feed.close()
+                services.slow_work.close()
+                await services.replies.stop()
     finally:
-        services.feed.close()
-        services.slow_work.close()
-        await services.replies.stop()
-        for task in tasks:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
         await services.vllm.close()
         services.notifier.close()
         services.db.close()

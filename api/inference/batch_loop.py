@@ -12,6 +12,7 @@ import logging
 from contextlib import suppress
 from functools import partial
 
+from api.background.task_loop import TaskLoop
 from api.inference.batch_input import InputCheck, lines_of
 from api.inference.batch_lease import LeasedBatch, Threads
 from api.inference.batch_lines import BatchLines
@@ -31,62 +32,32 @@ LOOK_SECONDS = 1.0
 """Interval at which the loop polls for batches."""
 MAX_BATCHES = 4
 """Batches that one process works on at the same time."""
-CLOSE_SECONDS = 5.0
 log = logging.getLogger("lorry.api")
 
 
-class BatchRunner:
+class BatchRunner(TaskLoop[BatchClaim]):
     def __init__(
         self, db: Database, store: ArtifactStore, settings: Settings, *, replies: Replies, notifier: Notifier
     ) -> None:
+        super().__init__("batches", most=MAX_BATCHES)
         self._db, self._store, self._settings = db, store, settings
         self._replies, self._notifier = replies, notifier
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._wake_up = asyncio.Event()
 
-    def wake(self) -> None:
-        """Signal that there is a new batch or a cancellation. May be called from any thread."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._wake_up.set)
+    @property
+    def look_seconds(self) -> float:
+        return LOOK_SECONDS
 
     async def run(self) -> None:
-        self._loop, threads = asyncio.get_running_loop(), Threads()
-        try:
-            while True:
-                await self._poll(threads)
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(LOOK_SECONDS):
-                        await self._wake_up.wait()
-                self._wake_up.clear()
-        finally:
-            for task in self._tasks:
-                task.cancel()
-            if self._tasks:
-                await asyncio.wait(self._tasks, timeout=CLOSE_SECONDS)
+        self._threads = Threads()  # in the event loop that uses it
+        await super().run()
 
-    async def _poll(self, threads: Threads) -> None:
-        """Claim batches as long as this process can work on more."""
-        try:
-            while len(self._tasks) < MAX_BATCHES:
-                claimed = await threads.run(partial(execution.claim, self._db))
-                if claimed is None:
-                    return
-                task = asyncio.create_task(self._work(claimed, threads))
-                self._tasks.add(task)
-                task.add_done_callback(self._forget)
-        except LorryError as error:
-            log.warning("batches code=%s", error.code)
-        except Exception:  # the loop must survive any failure of one poll
-            log.exception("crash in batches")
+    async def claim(self) -> BatchClaim | None:
+        return await self._threads.run(partial(execution.claim, self._db))
 
-    def _forget(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        self._wake_up.set()
-
-    async def _work(self, claimed: BatchClaim, threads: Threads) -> None:
+    async def work(self, claimed: BatchClaim) -> None:
         """Work on a batch until it has ended, its turn is over or its lease is lost. A batch whose processing crashes
         keeps its lease, so that it is tried again only after some time."""
+        threads = self._threads
         is_to_release = True
         try:
             directive = await threads.run(partial(execution.renew, self._db, claimed))

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 
+from api.background.task_loop import TaskLoop
 from api.serving import adapter_files
 from api.serving.held_lease import HeldLease, LeaseLost
 from api.serving.reference_answers import ReferenceAnswers
@@ -66,66 +67,36 @@ class KeeperTools:
     pepper: Pepper
 
 
-class EndpointKeepers:
+class EndpointKeepers(TaskLoop["EndpointKeeper"]):
     """The endpoints that this process keeps."""
 
     def __init__(self, tools: KeeperTools) -> None:
+        super().__init__("serving", most=MAX_KEPT)
         self._tools = tools
-        self._kept: dict[str, EndpointKeeper] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._wake_up = asyncio.Event()
 
-    def wake(self) -> None:
-        """Signal that a deployment or an endpoint has changed. May be called from any thread."""
-        if self._loop is not None and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._wake_all)
+    @property
+    def look_seconds(self) -> float:
+        return LOOK_SECONDS
 
     async def run(self) -> None:
-        self._loop = asyncio.get_running_loop()
         try:
-            while True:
-                await self._claim()
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(LOOK_SECONDS):
-                        await self._wake_up.wait()
-                self._wake_up.clear()
+            await super().run()
         finally:
-            for task in self._tasks:
-                task.cancel()
-            await asyncio.gather(*self._tasks, return_exceptions=True)
             await self._tools.client.close()
 
-    def _wake_all(self) -> None:
-        self._wake_up.set()
-        for keeper in self._kept.values():
+    def on_wake(self) -> None:
+        """A deployment or an endpoint has changed."""
+        super().on_wake()
+        for keeper in self.claims:
             keeper.wake()
 
-    async def _claim(self) -> None:
-        try:
-            while len(self._kept) < MAX_KEPT:
-                claim = await run_in_threadpool(
-                    task_queue.claim,
-                    self._tools.db,
-                    [TaskKind.ENDPOINT],
-                    lease_seconds=keeping.ENDPOINT_LEASE_SECONDS,
-                )
-                if claim is None:
-                    return
-                keeper = self._kept[claim.claim_id] = EndpointKeeper(self._tools, claim)
-                task = asyncio.create_task(self._keep(keeper))
-                self._tasks.add(task)
-                task.add_done_callback(self._tasks.discard)
-        except LorryError as error:
-            log.warning("serving code=%s", error.code)
+    async def claim(self) -> EndpointKeeper | None:
+        lease = {"lease_seconds": keeping.ENDPOINT_LEASE_SECONDS}
+        claim = await run_in_threadpool(partial(task_queue.claim, self._tools.db, [TaskKind.ENDPOINT], **lease))
+        return None if claim is None else EndpointKeeper(self._tools, claim)
 
-    async def _keep(self, keeper: EndpointKeeper) -> None:
-        try:
-            await keeper.run()
-        except Exception:  # another process, or this one, claims the endpoint again when its lease has expired
-            log.exception("crash in serving endpoint=%s", keeper.claim.subject)
-        finally:
-            del self._kept[keeper.claim.claim_id]
+    async def work(self, claimed: EndpointKeeper) -> None:
+        await claimed.run()
 
 
 class EndpointKeeper:

@@ -33,6 +33,7 @@ from sqlalchemy import (
     Select,
     Table,
     bindparam,
+    case,
     create_engine,
     event,
     func,
@@ -343,6 +344,16 @@ def upsert(session: Session, table: type[DeclarativeBase], rows: Sequence[Mappin
             session.execute(insert.on_conflict_do_update(index_elements=key, set_=changed))
         else:
             session.execute(insert.on_conflict_do_nothing(index_elements=key))
+
+
+def lower(session: Session, table: type[DeclarativeBase], row: Mapping[str, Any], name: str) -> None:
+    """Insert the row. If its primary key exists, the lower of both values of the column `name` replaces the existing
+    one. Waits for a concurrent insert or deletion of the key."""
+    key = [column.name for column in table.__mapper__.primary_key]
+    insert = (sqlite if is_sqlite(session) else postgresql).insert(table).values(dict(row))
+    given, existing = insert.excluded[name], table.__table__.c[name]
+    least = case((given < existing, given), else_=existing)
+    session.execute(insert.on_conflict_do_update(index_elements=key, set_={name: least}))
 
 
 def at_the_end(session: Session, name: str, act: Callable[[Session], None]) -> None:

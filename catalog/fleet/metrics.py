@@ -22,7 +22,6 @@ from catalog.tables.history import JobEvent
 from catalog.tables.jobs import Job
 from catalog.tables.webhooks import WebhookDelivery
 from catalog.usage import ledger
-from catalog.webhooks import delivery_queue
 
 MAX_COUNTED = 10_000
 """Upper limit of the reported number of pending deliveries."""
@@ -130,7 +129,7 @@ def _webhooks(session: Session, *, now: float) -> tuple[int, float | None]:
     """Return the number of pending deliveries, and the time at which the first due one was due."""
     waiting = select(WebhookDelivery.next_try_at).where(WebhookDelivery.next_try_at.is_not(None))
     some = waiting.limit(MAX_COUNTED).subquery()
-    first = select(func.min(WebhookDelivery.next_try_at)).where(delivery_queue.is_due(now))
+    first = select(func.min(WebhookDelivery.next_try_at)).where(WebhookDelivery.next_try_at <= now)
     return session.scalar(select(func.count()).select_from(some)) or 0, session.scalar(first)
 
 

@@ -2,7 +2,7 @@
 
 A notification names no job: a lost one costs seconds, and a duplicate costs nothing. Sending never blocks or fails,
 whatever the broker does: a background thread sends, and merges pending notifications into one. While work waits, the
-API servers repeat the notification periodically (api/maintenance_loop.py).
+API servers repeat the notification periodically (api/background/periodic.py).
 """
 
 from __future__ import annotations

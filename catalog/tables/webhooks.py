@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import Boolean, ForeignKey, Index, Integer, Text, text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from catalog.tables.table import AutoKey, Json, Leased, Table
+from catalog.tables.table import AutoKey, Json, Table
 
 IS_DUE = text("next_try_at IS NOT NULL")
 
@@ -44,9 +44,9 @@ class WebhookEndpoint(Table):
     __table_args__ = (Index(None, "project_id", "created_at", "id"),)
 
 
-class WebhookDelivery(Leased, Table):
-    """One event for one endpoint. It is written in the transaction of the change that it reports, and sent afterwards.
-    It is leased to the process that sends it."""
+class WebhookDelivery(Table):
+    """One event for one endpoint. It is written in the transaction of the change that it reports, and sent afterwards
+    by the process that has claimed the endpoint's task."""
 
     __tablename__ = "webhook_deliveries"
     id: Mapped[str] = mapped_column(primary_key=True)

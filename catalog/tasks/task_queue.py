@@ -1,4 +1,4 @@
-"""The queue of background tasks: exports, plans, imports of base models, and others.
+"""The queue of background tasks: exports, plans, imports of base models, webhooks and others.
 
 A transaction that creates work adds its task, and the one that stores the result deletes it. In between, processes
 claim tasks that are due. A claim is a lease (catalog/db/lease.py): each write of its holder begins with `hold`, which
@@ -14,13 +14,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from typing import TypeVar
 
-from sqlalchemy import Select, and_, delete, func, select
+from sqlalchemy import Select, and_, delete, func, or_, select
 from sqlalchemy.orm import DeclarativeBase, Session
 
 from catalog.db import lease
-from catalog.db.database import Database, read_clock, serialized_at, skip_locked, upsert
+from catalog.db.database import Database, at_the_end, lower, read_clock, serialized_at, skip_locked, upsert
 from catalog.errors import StaleClaim
 from catalog.tables.fleet import Worker
 from catalog.tables.tasks import Task, TaskTurn
@@ -38,6 +39,8 @@ class TaskKind(StrEnum):
     BATCH = "batch"
     ENDPOINT = "serving_endpoint"
     """Keeps the server in step with its deployments, as long as the endpoint exists."""
+    WEBHOOK = "webhook"
+    """Sends the deliveries of an endpoint that are due, as long as it has pending ones."""
     TRACK_WANDB = "tracker_run:wandb"
     TRACK_MLFLOW = "tracker_run:mlflow"
     TRACK_TENSORBOARD = "tracker_run:tensorboard"
@@ -59,6 +62,7 @@ class TaskClaim:
     claim_id: str
     kind: TaskKind
     subject: str
+    project_id: str | None
     num_attempts: int
     """Number of this attempt, from 1."""
 
@@ -70,11 +74,17 @@ class TaskClaim:
 
 def add(session: Session, kind: TaskKind, subject: str, *, project_id: str | None, run_after: float) -> None:
     """Add a task that is due at `run_after`. If it exists, it is due then at the latest."""
-    task = session.get(Task, (kind, subject), with_for_update=True)
-    if task is None:
-        session.add(Task(kind=kind, subject=subject, project_id=project_id, run_after=run_after, num_attempts=0))
-    else:
-        task.run_after = min(task.run_after, run_after)
+    row = {"kind": kind, "subject": subject, "project_id": project_id, "run_after": run_after, "num_attempts": 0}
+    lower(session, Task, row, "run_after")
+
+
+def add_at_the_end(session: Session, kind: TaskKind, subject: str, *, project_id: str, run_after: float) -> None:
+    """Add the task just before the transaction commits.
+
+    For tasks of subjects that the transaction has not locked: all transactions then lock such tasks in one order.
+    """
+    of_task = {"kind": kind, "subject": subject, "project_id": project_id, "run_after": run_after}
+    at_the_end(session, f"task {kind} {subject}", partial(add, **of_task))
 
 
 def remove(session: Session, kind: TaskKind, subject: str) -> None:
@@ -95,14 +105,19 @@ def claim(
     lease_seconds: float,
     worker_id: str | None = None,
     skipping: Collection[str] = (),
+    skipping_projects: Collection[str] = (),
 ) -> TaskClaim | None:
     """Claim the next due task; None if there is none. The projects take turns, so that no project's tasks wait behind
     all those of another. A project's tasks are claimed in the order in which they are due.
 
-    worker_id: a worker that is draining or cordoned gets none. skipping: subjects that are left to other processes.
+    worker_id: a worker that is draining or cordoned gets none. skipping, skipping_projects: subjects and projects that
+    are left to other processes.
     """
+    is_wanted = Task.subject.not_in(skipping)
+    if skipping_projects:
+        is_wanted &= or_(Task.project_id.is_(None), Task.project_id.not_in(skipping_projects))
     with db.read() as session:  # most polls find nothing, and a read transaction blocks no writer
-        open_tasks = due(kinds, now=read_clock(session)).where(Task.subject.not_in(skipping))
+        open_tasks = due(kinds, now=read_clock(session)).where(is_wanted)
         if session.scalar(open_tasks.limit(1)) is None:
             return None
     with db.write() as session:
@@ -111,7 +126,7 @@ def claim(
         if worker is not None and worker.takes_nothing_new:
             return None
         is_of_project = and_(TaskTurn.kind == Task.kind, TaskTurn.project_id == Task.project_id)
-        in_turn = due(kinds, now=now).where(Task.subject.not_in(skipping)).outerjoin(TaskTurn, is_of_project)
+        in_turn = due(kinds, now=now).where(is_wanted).outerjoin(TaskTurn, is_of_project)
         order = (func.coalesce(TaskTurn.claimed_at, 0.0), Task.run_after, Task.kind, Task.subject)
         task = session.scalar(skip_locked(in_turn.order_by(*order).limit(1), of=Task))
         if task is None:
@@ -123,13 +138,14 @@ def claim(
             claim_id=lease.acquire(task, now=now, lease_seconds=lease_seconds, prefix="task"),
             kind=TaskKind(task.kind),
             subject=task.subject,
+            project_id=task.project_id,
             num_attempts=task.num_attempts,
         )
 
 
 def progress(session: Session, claimed: TaskClaim, *, lease_seconds: float) -> None:
     """Extend the lease, and forget earlier failed attempts. Raises StaleClaim."""
-    task = _held(session, claimed)
+    task = hold_task(session, claimed)
     task.num_attempts, task.lease_expires_at = 1, read_clock(session) + lease_seconds
 
 
@@ -141,7 +157,7 @@ def renew(db: Database, claimed: TaskClaim, *, lease_seconds: float) -> bool:
 def hold(session: Session, claimed: TaskClaim, table: type[SubjectT]) -> SubjectT:
     """Return the subject of the claimed task, both locked until the transaction ends. Raises StaleClaim."""
     subject = session.get(table, claimed.subject, with_for_update=True, populate_existing=True)
-    _held(session, claimed)
+    hold_task(session, claimed)
     if subject is None:
         raise StaleClaim(claimed.claim_id)
     return subject
@@ -149,7 +165,7 @@ def hold(session: Session, claimed: TaskClaim, table: type[SubjectT]) -> Subject
 
 def finish(session: Session, claimed: TaskClaim) -> None:
     """Delete the task, because its work has ended. Raises StaleClaim."""
-    session.delete(_held(session, claimed))
+    session.delete(hold_task(session, claimed))
 
 
 def release(db: Database, claimed: TaskClaim, *, wait_seconds: float = 0.0) -> None:
@@ -162,7 +178,7 @@ def release(db: Database, claimed: TaskClaim, *, wait_seconds: float = 0.0) -> N
 
 
 def release_in(session: Session, claimed: TaskClaim, *, wait_seconds: float = 0.0) -> None:
-    task = _held(session, claimed)
+    task = hold_task(session, claimed)
     task.num_attempts -= 1
     task.run_after = read_clock(session) + wait_seconds
     lease.release(task)
@@ -173,7 +189,7 @@ def retry(session: Session, claimed: TaskClaim) -> bool:
 
     Raises StaleClaim.
     """
-    task = _held(session, claimed)
+    task = hold_task(session, claimed)
     if task.num_attempts >= MAX_ATTEMPTS[claimed.kind]:
         session.delete(task)
         return False
@@ -190,7 +206,9 @@ def retry_wait(num_attempts: int) -> float:
     return min(FIRST_WAIT_SECONDS * 3.0 ** (num_attempts - 1), MAX_WAIT_SECONDS)
 
 
-def _held(session: Session, claimed: TaskClaim) -> Task:
+def hold_task(session: Session, claimed: TaskClaim) -> Task:
+    """Return the claimed task, locked until the transaction ends. The caller has locked its subject. Raises
+    StaleClaim."""
     task = lease.held(session, Task, claimed.claim_id)
     if task is None:
         raise StaleClaim(claimed.claim_id)

@@ -9,12 +9,11 @@ from sqlalchemy import delete, select, update
 from sqlalchemy.orm import Session
 
 from catalog.audit import log
-from catalog.db import lease
 from catalog.db.database import Database, read_clock
 from catalog.db.pagination import Page, paginate
 from catalog.errors import Conflict, NotFound
 from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint, WebhookTry
-from catalog.webhooks import endpoints
+from catalog.webhooks import endpoints, outbox
 
 KEPT_SECONDS = 30 * 86_400.0
 """How long finished deliveries are kept."""
@@ -63,7 +62,7 @@ def tries(db: Database, delivery_ids: Sequence[str]) -> dict[str, list[WebhookTr
 def replay(db: Database, *, project_id: str, delivery_id: str) -> WebhookDelivery:
     """Schedule the delivery to be sent again now, with the same event id and all its attempts.
 
-    A delivery that is being sent stays as it is. Raises NotFound, and Conflict if its endpoint is disabled.
+    The result of a request that is in progress counts. Raises NotFound, and Conflict if its endpoint is disabled.
     """
     with db.write() as session:
         _, endpoint = _find(session, project_id=project_id, delivery_id=delivery_id)
@@ -72,19 +71,13 @@ def replay(db: Database, *, project_id: str, delivery_id: str) -> WebhookDeliver
         locked = select(WebhookDelivery).where(WebhookDelivery.id == delivery_id).with_for_update()
         row = session.scalars(locked.execution_options(populate_existing=True)).one()
         now = read_clock(session)
-        if (row.lease_expires_at or 0.0) <= now:
-            lease.release(row)
-            row.status, row.next_try_at, row.ended_at = "pending", now, None
-            row.num_tries_before = row.num_tries
-            details = {"webhook_endpoint_id": endpoint.id, "event_id": row.event_id}
-            log.note(
-                session,
-                "webhook_delivery.replayed",
-                now=now,
-                object_id=row.id,
-                project_id=project_id,
-                details=details,
-            )
+        row.status, row.next_try_at, row.ended_at = "pending", now, None
+        row.num_tries_before = row.num_tries
+        outbox.wake(session, endpoint.id, project_id=project_id, now=now)
+        details = {"webhook_endpoint_id": endpoint.id, "event_id": row.event_id}
+        log.note(
+            session, "webhook_delivery.replayed", now=now, object_id=row.id, project_id=project_id, details=details
+        )
         return row
 
 
@@ -107,6 +100,7 @@ def replay_failed(db: Database, *, project_id: str, endpoint_id: str, since: flo
         statement = update(WebhookDelivery).where(*failed)
         done = session.execute(statement.values(**again, num_tries_before=WebhookDelivery.num_tries))
         number = int(getattr(done, "rowcount", 0))
+        outbox.wake(session, endpoint.id, project_id=project_id, now=now)
         endpoints.note(session, endpoint, "webhook_endpoint.replayed", now=now, since=since, replayed=number)
         return number
 

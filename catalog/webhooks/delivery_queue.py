@@ -1,34 +1,33 @@
-"""Claims due webhook deliveries, and records the results of attempts.
+"""Claims endpoints with due webhook deliveries, and records the results of attempts.
 
-A delivery is leased for a short time, so that another process takes over after a crash. No transaction is open while a
-delivery is sent. Several processes send different deliveries at the same time.
+An endpoint's task (catalog/tasks) is claimed for one turn, in which some of its due deliveries are sent. After a crash,
+another process takes over when the lease expires. No transaction is open while a delivery is sent.
+
+Lock order: endpoint, its task, delivery.
 """
 
 from __future__ import annotations
 
 import random
-from collections import Counter, deque
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from sqlalchemy import ColumnElement, Select, and_, func, or_, select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from catalog.db import lease
-from catalog.db.database import Database, read_clock, skip_locked
+from catalog.db.database import Database, read_clock
+from catalog.errors import StaleClaim
 from catalog.pepper import Pepper
 from catalog.tables.table import new_id
 from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint, WebhookTry
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import TaskClaim, TaskKind
 from catalog.webhooks import endpoints, outbox, sealed_urls, signing
 from catalog.webhooks.outbox import EventType
 
-DELIVERY_LEASE_SECONDS = 60.0
-"""Lease of a claimed delivery, much longer than an attempt takes."""
-MAX_IN_FLIGHT = 64
-"""How many deliveries one process sends at the same time."""
-OF_PROJECT = MAX_IN_FLIGHT // 4
-"""How many of them can be for one project."""
-AT_ONCE = 4
+TURN_LEASE_SECONDS = 60.0
+"""Lease of a claimed endpoint, much longer than a turn takes."""
+MAX_AT_ONCE = 4
 """How many deliveries are sent to one endpoint at the same time; 1 while it fails."""
 FAILING_SECONDS = 5 * 86_400.0
 """An endpoint is disabled after all attempts have failed for this long."""
@@ -37,10 +36,11 @@ GONE = 410
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outgoing:
-    """A delivery that this process has claimed and sends."""
+    """A delivery that this process sends."""
 
+    task: TaskClaim
+    """The claim of its endpoint."""
     delivery_id: str
-    claim_id: str
     endpoint_id: str
     project_id: str
     url: str | None
@@ -49,6 +49,15 @@ class Outgoing:
     body: bytes
     signed_with: list[str]
     """Secrets to sign with; empty if they can't be recreated any more."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """An endpoint that this process has claimed, and the deliveries to send to it at the same time."""
+
+    task: TaskClaim
+    project_id: str
+    deliveries: tuple[Outgoing, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,59 +79,60 @@ class DeliveryResult:
         return self.status_code is not None and 200 <= self.status_code < 300
 
 
-def claim(db: Database, *, pepper: Pepper, limit: int, in_flight: Collection[Outgoing]) -> list[Outgoing]:
-    """Claim up to `limit` due deliveries. in_flight: the deliveries that this process is sending.
+def claim(db: Database, *, pepper: Pepper, full_projects: Collection[str] = ()) -> Turn | None:
+    """Claim the next endpoint with due deliveries. Returns None if there is none. The projects take turns.
 
-    An endpoint has at most AT_ONCE of them, so that a slow endpoint delays only itself, and a project at most
-    OF_PROJECT. The project with the fewest is next, and among equal ones the project with the longest due delivery.
+    A slow endpoint delays only itself. full_projects: projects to which this process sends as much as it may.
     """
-    by_endpoint = Counter(outgoing.endpoint_id for outgoing in in_flight)
-    by_project = Counter(outgoing.project_id for outgoing in in_flight)
-    full = [endpoint_id for endpoint_id, number in by_endpoint.items() if number >= AT_ONCE]
-    full_projects = [project_id for project_id, number in by_project.items() if number >= OF_PROJECT]
-    waiting: dict[str, deque[tuple[str, bool]]] = {}
-    with db.read() as session:
-        now = read_clock(session)
-        if session.scalar(_any_due(now, full, full_projects)) is None:
-            return []
-        due_endpoints = _due_endpoints(now, full, full_projects, busy=list(by_endpoint))
-        for endpoint_id, project_id, is_failing in session.execute(due_endpoints):
-            waiting.setdefault(project_id, deque()).append((endpoint_id, is_failing))
-    found: list[Outgoing] = []
-    while waiting and len(found) < limit:
-        project_id = min(waiting, key=lambda one: by_project[one])
-        endpoint_id, is_failing = waiting[project_id].popleft()
-        free = (1 if is_failing else AT_ONCE) - by_endpoint[endpoint_id]
-        number = min(free, OF_PROJECT - by_project[project_id], limit - len(found))
-        claimed = _claim_of(db, endpoint_id, number, pepper=pepper) if number > 0 else []
-        found += claimed
-        by_project[project_id] += len(claimed)
-        if not waiting[project_id] or by_project[project_id] >= OF_PROJECT:
-            del waiting[project_id]
-    return found
+    while True:
+        task = task_queue.claim(
+            db, [TaskKind.WEBHOOK], lease_seconds=TURN_LEASE_SECONDS, skipping_projects=full_projects
+        )
+        if task is None:
+            return None
+        with db.write() as session:
+            endpoint = _lock(session, task.subject)
+            task_queue.hold_task(session, task)
+            deliveries = _due(session, endpoint, task, pepper=pepper)
+            if deliveries:
+                return Turn(task=task, project_id=endpoint.project_id, deliveries=deliveries)
+            _end_turn(session, task)
 
 
-def record(db: Database, claimed: Outgoing, outcome: DeliveryResult) -> None:
+def release(db: Database, turn: Turn) -> None:
+    """End the turn. The endpoint's next turn begins when its next delivery is due. Raises StaleClaim."""
+    with db.write() as session:
+        _lock(session, turn.task.subject)
+        _end_turn(session, turn.task)
+
+
+def record(db: Database, sent: Outgoing, outcome: DeliveryResult) -> None:
     """Store an attempt, and finish the delivery or schedule its next attempt.
 
-    If the process has lost the lease of the delivery, only the attempt is stored.
+    If the process has lost the endpoint's lease, or the endpoint was disabled, only the attempt is stored.
     """
     with db.write() as session:
-        endpoint = _lock(session, claimed.endpoint_id)
+        endpoint = _lock(session, sent.endpoint_id)
         now = read_clock(session)
-        add_try(session, claimed.delivery_id, outcome)
-        delivery = lease.held(session, WebhookDelivery, claimed.claim_id)
-        if delivery is None:
+        add_try(session, sent.delivery_id, outcome)
+        try:
+            task_queue.hold_task(session, sent.task)
+        except StaleClaim:
+            return
+        delivery = session.get_one(WebhookDelivery, sent.delivery_id, with_for_update=True)
+        if delivery.next_try_at is None:
             return
         delivery.num_tries += 1
-        lease.release(delivery)
         if outcome.is_success:
             delivery.status, delivery.next_try_at, delivery.ended_at = "delivered", None, now
             endpoint.failing_since = None
             return
         _reschedule(delivery, outcome, now=now)
-        if outcome.concerns_endpoint:
-            _check_endpoint(session, endpoint, outcome, now=now)
+        if not outcome.concerns_endpoint:
+            return
+        endpoint.failing_since = since = now if endpoint.failing_since is None else endpoint.failing_since
+    if outcome.status_code == GONE or since <= now - FAILING_SECONDS:
+        _disable(db, sent.endpoint_id, reason="gone" if outcome.status_code == GONE else "failing")
 
 
 def add_try(session: Session, delivery_id: str, outcome: DeliveryResult) -> None:
@@ -167,58 +177,41 @@ def new_test(endpoint: WebhookEndpoint, event_type: EventType, *, subject: str, 
     )
 
 
-def _any_due(now: float, full: list[str], full_projects: list[str]) -> Select[str]:
-    due = select(WebhookDelivery.id).where(is_due(now), WebhookDelivery.endpoint_id.not_in(full))
-    if full_projects:
-        due = due.join(WebhookEndpoint, WebhookEndpoint.id == WebhookDelivery.endpoint_id)
-        due = due.where(WebhookEndpoint.project_id.not_in(full_projects))
-    return due.limit(1)
+def _due(session: Session, endpoint: WebhookEndpoint, task: TaskClaim, *, pepper: Pepper) -> tuple[Outgoing, ...]:
+    """Return the endpoint's next due deliveries."""
+    now = read_clock(session)
+    if endpoint.disabled_at is not None or endpoint.deleted_at is not None:
+        # The event was written while the endpoint was being disabled or deleted.
+        endpoints.fail_pending(session, endpoint.id, now=now)
+        return ()
+    of_endpoint = (WebhookDelivery.endpoint_id == endpoint.id, WebhookDelivery.next_try_at <= now)
+    number = MAX_AT_ONCE if endpoint.failing_since is None else 1
+    due = select(WebhookDelivery).where(*of_endpoint).order_by(WebhookDelivery.next_try_at, WebhookDelivery.id)
+    secrets, url = _secrets(endpoint, pepper, now=now), _url(endpoint, pepper)
+    return tuple(
+        Outgoing(
+            task=task,
+            delivery_id=row.id,
+            endpoint_id=endpoint.id,
+            project_id=endpoint.project_id,
+            url=url,
+            message_id=row.event_id,
+            body=signing.body_of(row),
+            signed_with=secrets,
+        )
+        for row in session.scalars(due.limit(number))
+    )
 
 
-def is_due(now: float) -> ColumnElement[bool]:
-    """In a query: the delivery is due, and no process has leased it."""
-    return and_(WebhookDelivery.next_try_at <= now, lease.is_free(WebhookDelivery, now=now))
-
-
-def _due_endpoints(now: float, full: list[str], full_projects: list[str], *, busy: list[str]) -> Select[str, str, bool]:
-    """Select endpoints with due deliveries, their projects, and whether they fail; the longest due first.
-
-    A failing endpoint is not selected while a delivery is being sent to it.
-    """
-    due = (WebhookDelivery.endpoint_id == WebhookEndpoint.id, is_due(now))
-    first = select(func.min(WebhookDelivery.next_try_at)).where(*due).scalar_subquery()
-    is_failing = WebhookEndpoint.failing_since.is_not(None)
-    due_endpoints = select(WebhookEndpoint.id, WebhookEndpoint.project_id, is_failing).where(first.is_not(None))
-    due_endpoints = due_endpoints.where(or_(~is_failing, WebhookEndpoint.id.not_in(busy)))
-    is_open = (WebhookEndpoint.id.not_in(full), WebhookEndpoint.project_id.not_in(full_projects))
-    return due_endpoints.where(*is_open).order_by(first)
-
-
-def _claim_of(db: Database, endpoint_id: str, number: int, *, pepper: Pepper) -> list[Outgoing]:
-    with db.write() as session:
-        now = read_clock(session)
-        endpoint = session.get_one(WebhookEndpoint, endpoint_id)
-        if endpoint.disabled_at is not None or endpoint.deleted_at is not None:
-            # The event was written while the endpoint was being disabled or deleted.
-            endpoints.fail_pending(session, endpoint_id, now=now)
-            return []
-        due = select(WebhookDelivery).where(WebhookDelivery.endpoint_id == endpoint_id, is_due(now))
-        rows = session.scalars(skip_locked(due.order_by(WebhookDelivery.next_try_at).limit(number)))
-        secrets = _secrets(endpoint, pepper, now=now)
-        url = _url(endpoint, pepper)
-        return [
-            Outgoing(
-                delivery_id=row.id,
-                claim_id=lease.acquire(row, now=now, lease_seconds=DELIVERY_LEASE_SECONDS),
-                endpoint_id=endpoint.id,
-                project_id=endpoint.project_id,
-                url=url,
-                message_id=row.event_id,
-                body=signing.body_of(row),
-                signed_with=secrets,
-            )
-            for row in rows
-        ]
+def _end_turn(session: Session, task: TaskClaim) -> None:
+    """Release the task until the next delivery of the endpoint is due, or delete it if none is pending."""
+    pending = WebhookDelivery.endpoint_id == task.subject, WebhookDelivery.next_try_at.is_not(None)
+    task_queue.hold_task(session, task)  # a delivery that is added later makes the task due
+    next_try_at = session.scalar(select(func.min(WebhookDelivery.next_try_at)).where(*pending))
+    if next_try_at is None:
+        task_queue.finish(session, task)
+    else:
+        task_queue.release_in(session, task, wait_seconds=max(0.0, next_try_at - read_clock(session)))
 
 
 def _url(endpoint: WebhookEndpoint, pepper: Pepper) -> str | None:
@@ -248,16 +241,17 @@ def _reschedule(delivery: WebhookDelivery, outcome: DeliveryResult, *, now: floa
         delivery.status, delivery.ended_at = "failed", now
 
 
-def _check_endpoint(session: Session, endpoint: WebhookEndpoint, outcome: DeliveryResult, *, now: float) -> None:
-    """Disable an endpoint that responds with 410 (gone) or has failed for days, and notify the project's others."""
-    endpoint.failing_since = since = now if endpoint.failing_since is None else endpoint.failing_since
-    is_gone = outcome.status_code == GONE
-    if not is_gone and since > now - FAILING_SECONDS:
-        return
-    if endpoint.disabled_at is None and endpoint.deleted_at is None:
-        endpoints.disable(session, endpoint, reason="gone" if is_gone else "failing", now=now)
-        outbox.endpoint_disabled(session, endpoint, now=now)
-        endpoints.note(session, endpoint, "webhook_endpoint.disabled", now=now, reason=endpoint.disabled_reason)
+def _disable(db: Database, endpoint_id: str, *, reason: str) -> None:
+    """Disable an endpoint, and notify the project's others.
+
+    This transaction holds no task, because it waits for those of the other endpoints.
+    """
+    with db.write() as session:
+        endpoint, now = _lock(session, endpoint_id), read_clock(session)
+        if endpoint.disabled_at is None and endpoint.deleted_at is None:
+            endpoints.disable(session, endpoint, reason=reason, now=now)
+            outbox.endpoint_disabled(session, endpoint, now=now)
+            endpoints.note(session, endpoint, "webhook_endpoint.disabled", now=now, reason=reason)
 
 
 WAITS_SECONDS = (5.0, 30.0, 120.0, 600.0, 1800.0, 3600.0, 7200.0, 14_400.0, 25_200.0, 36_000.0)

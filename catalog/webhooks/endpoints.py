@@ -182,7 +182,7 @@ def disable(session: Session, endpoint: WebhookEndpoint, *, reason: str, now: fl
 
 def fail_pending(session: Session, endpoint_id: str, *, now: float) -> None:
     waiting = (WebhookDelivery.endpoint_id == endpoint_id, WebhookDelivery.next_try_at.is_not(None))
-    ended = {"status": "failed", "next_try_at": None, "claim_id": None, "lease_expires_at": None, "ended_at": now}
+    ended = {"status": "failed", "next_try_at": None, "ended_at": now}
     session.execute(update(WebhookDelivery).where(*waiting).values(ended))
 
 

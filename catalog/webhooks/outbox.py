@@ -11,6 +11,8 @@ from catalog.states import JobState
 from catalog.tables.jobs import Job
 from catalog.tables.table import Json, new_id
 from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import TaskKind
 
 
 def on_transition(session: Session, job: Job, before: JobState | None, *, now: float) -> None:
@@ -56,6 +58,13 @@ def add(session: Session, *, project_id: str, event_type: EventType, data: Json,
                 ended_at=None if is_open else now,
             )
         )
+        if is_open:
+            wake(session, endpoint.id, project_id=project_id, now=now)
+
+
+def wake(session: Session, endpoint_id: str, *, project_id: str, now: float) -> None:
+    """Make the task of an endpoint due, which has due deliveries."""
+    task_queue.add_at_the_end(session, TaskKind.WEBHOOK, endpoint_id, project_id=project_id, run_after=now)
 
 
 def _asks(endpoint: Row[str, list[Any], float | None], event_type: EventType, data: Json) -> bool:

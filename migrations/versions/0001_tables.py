@@ -855,14 +855,11 @@ def _create_webhooks() -> None:
         sa.Column("num_tries", sa.Integer(), nullable=False),
         sa.Column("num_tries_before", sa.Integer(), nullable=False),
         sa.Column("next_try_at", sa.Float(precision=53), nullable=True),
-        sa.Column("claim_id", sa.String(length=255), nullable=True),
-        sa.Column("lease_expires_at", sa.Float(precision=53), nullable=True),
         sa.Column("ended_at", sa.Float(precision=53), nullable=True),
         sa.ForeignKeyConstraint(
             ["endpoint_id"], ["webhook_endpoints.id"], name=op.f("fk_webhook_deliveries_endpoint_id_webhook_endpoints")
         ),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_webhook_deliveries")),
-        sa.UniqueConstraint("claim_id", name=op.f("uq_webhook_deliveries_claim_id")),
     )
     op.create_index(
         "ix_webhook_deliveries_due", "webhook_deliveries", ["next_try_at"], **_where("next_try_at IS NOT NULL")

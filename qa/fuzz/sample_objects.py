@@ -187,10 +187,11 @@ def _fill(world: MarkedWorld, folder: Path) -> None:
     plan_data.ready(world, suffix=mark, **named)
     plan_data.plan(world, suffix=mark, training_file=world.file(num_rows=9), **named)
     _share(world, adapters[0])
-    for claimed in delivery_queue.claim(db, pepper=PEPPER, limit=100, in_flight=[]):
-        delivery_queue.record(
-            db, claimed, DeliveryResult(started_at=1.0, seconds=0.1, status_code=503, reply=claimed.url)
-        )
+    while turn := delivery_queue.claim(db, pepper=PEPPER):
+        for outgoing in turn.deliveries:
+            outcome = DeliveryResult(started_at=1.0, seconds=0.1, status_code=503, reply=outgoing.url)
+            delivery_queue.record(db, outgoing, outcome)
+        delivery_queue.release(db, turn)
 
 
 def _webhooks(world: MarkedWorld) -> None:

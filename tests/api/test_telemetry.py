@@ -12,9 +12,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
-from api import maintenance_loop
+from api.background import periodic
+from api.background.periodic import PERIODIC
 from api.deps import Services
-from api.maintenance_loop import PERIODIC_TASKS, clean_once, run_once
 from api.telemetry import Telemetry
 from catalog.errors import Unavailable
 from catalog.fleet import metrics, workers
@@ -101,18 +101,19 @@ def test_background_runs_are_counted_by_outcome(
     def away(*_: object, **__: object) -> int:
         raise Unavailable("Away.", code="database_unavailable", remedy="")
 
-    assert set(runs()) == {(task, outcome) for task in PERIODIC_TASKS for outcome in ("done", "failed")}
+    names = {each.name for each in PERIODIC}
+    assert set(runs()) == {(task, outcome) for task in names for outcome in ("done", "failed")}
     began = done_at()
     monkeypatch.setattr(recovery, "expire", away)
-    run_once(services)
-    monkeypatch.setattr(maintenance_loop, "clean", away)
-    clean_once(services)
+    monkeypatch.setattr(periodic, "clean", away)
+    for each in PERIODIC:
+        each.run(services)
 
     counted = {key: number for key, number in runs().items() if number}
-    acts = ("expire_inference_requests", "seal_audit_log", "notify_missed_deadlines", "wake_workers")
-    assert counted == {("recover", "failed"): 1, ("collect_garbage", "failed"): 1, **{(act, "done"): 1 for act in acts}}
+    failed = {"recover", "collect_garbage"}
+    assert counted == {(name, "failed" if name in failed else "done"): 1 for name in names}
     after = done_at()
-    assert {task for task in PERIODIC_TASKS if after[task] > began[task]} == set(acts)
+    assert {task for task in names if after[task] > began[task]} == names - failed
 
 
 def test_unknown_background_tasks_are_not_counted() -> None:

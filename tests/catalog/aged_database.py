@@ -167,10 +167,11 @@ def owner(world: World) -> dict[str, Any]:
 
 
 def send(world: World, *, status_code: int) -> None:
-    for claimed in delivery_queue.claim(world.db, pepper=PEPPER, limit=9, in_flight=[]):
-        delivery_queue.record(
-            world.db, claimed, delivery_queue.DeliveryResult(started_at=1.0, seconds=0.1, status_code=status_code)
-        )
+    outcome = delivery_queue.DeliveryResult(started_at=1.0, seconds=0.1, status_code=status_code)
+    while turn := delivery_queue.claim(world.db, pepper=PEPPER):
+        for outgoing in turn.deliveries:
+            delivery_queue.record(world.db, outgoing, outcome)
+        delivery_queue.release(world.db, turn)
 
 
 def write_tracker_runs(world: World) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from catalog.jobs import commands
 from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint
 from catalog.webhooks import delivery_log, delivery_queue, endpoints
-from catalog.webhooks.delivery_queue import DeliveryResult, Outgoing
+from catalog.webhooks.delivery_queue import DeliveryResult, Outgoing, Turn
 from catalog.webhooks.outbox import EVENT_TYPES, EventType
 from tests.catalog.world import PEPPER, World
 
@@ -23,6 +22,8 @@ class Hooks:
         self.world, self.db = world, world.db
         self.owner: dict[str, Any] = {"project_id": world.caller.project_id}
         self.row, self.secret = self.more(*event_types)
+        self.turns: list[Turn] = []
+        """Turns that have not ended."""
 
     def more(self, *event_types: EventType, url: str = "https://example.com/") -> tuple[WebhookEndpoint, str]:
         wanted = event_types or EVENT_TYPES
@@ -32,8 +33,27 @@ class Hooks:
     def ident(self) -> dict[str, Any]:
         return {**self.owner, "endpoint_id": self.row.id}
 
-    def claim(self, in_flight: Sequence[Outgoing] = ()) -> list[Outgoing]:
-        return delivery_queue.claim(self.db, pepper=PEPPER, limit=100, in_flight=in_flight)
+    def claim(self) -> list[Outgoing]:
+        """Claim all endpoints with due deliveries. Returns the deliveries of their turns."""
+        claimed: list[Turn] = []
+        while (turn := delivery_queue.claim(self.db, pepper=PEPPER)) is not None:
+            claimed.append(turn)
+        self.turns += claimed
+        return [outgoing for turn in claimed for outgoing in turn.deliveries]
+
+    def end_turns(self) -> None:
+        while self.turns:
+            delivery_queue.release(self.db, self.turns.pop())
+
+    def send(self, outcome: DeliveryResult) -> list[Outgoing]:
+        """Attempt all due deliveries, until none is left. Returns them."""
+        sent: list[Outgoing] = []
+        while claimed := self.claim():
+            for outgoing in claimed:
+                delivery_queue.record(self.db, outgoing, outcome)
+            sent += claimed
+            self.end_turns()
+        return sent
 
     def end_job(self) -> str:
         job = self.world.submit()
@@ -51,7 +71,5 @@ class Hooks:
         tried: list[str] = []
         while any(row.next_try_at for row in self.all()):
             self.world.clock.now = max(self.world.clock.now, *(row.next_try_at or 0.0 for row in self.all()))
-            for claimed in self.claim():
-                tried.append(claimed.message_id)
-                delivery_queue.record(self.db, claimed, outcome)
+            tried += [outgoing.message_id for outgoing in self.send(outcome)]
         return tried

@@ -87,7 +87,9 @@ def kept(tmp_path_factory: pytest.TempPathFactory, migrated_database: Path) -> S
     world.complete(claim.claim_id)
     other = world.queued()
     commands.cancel(db, **world.of(other.id))
-    sent = delivery_queue.claim(db, pepper=PEPPER, limit=10, in_flight=[])
+    turn = delivery_queue.claim(db, pepper=PEPPER)
+    assert turn is not None
+    sent = turn.deliveries
     for outgoing in sent:
         delivery_queue.record(
             db, outgoing, delivery_queue.DeliveryResult(started_at=clock.now, seconds=0.1, status_code=204)

@@ -14,8 +14,8 @@ from starlette.testclient import TestClient
 
 from api.app import open_services
 from api.auth.scopes import NEEDED
+from api.background.periodic import PERIODIC
 from api.deps import Services
-from api.maintenance_loop import run_once
 from api.rate_limits.threads import SlowWork
 from catalog.audit import chain
 from tests.api.site import chat_lines, error_of, open_link
@@ -205,7 +205,7 @@ def test_events_support_openais_filters(client: TestClient, operator: TestClient
 
 def test_background_task_seals_the_log_and_the_chain_verifies(operator: TestClient, services: Services) -> None:
     open_ends = operator.get("/v1/audit_events/verify").json()
-    run_once(services)
+    seal(services)
 
     found = operator.get("/v1/audit_events/verify").json()
     lines = operator.get("/v1/audit_events/export").text.splitlines()
@@ -270,7 +270,7 @@ def test_verification_runs_in_the_threads_of_slow_work(
     operator: TestClient, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Verification reads store files, and routes that only read the database must not wait for it."""
-    run_once(services)
+    seal(services)
     run, num_runs = SlowWork.run, list[str]()
 
     async def counted(self: SlowWork, project_id: str, work: Callable[[], Any]) -> Any:
@@ -285,7 +285,7 @@ def test_verification_runs_in_the_threads_of_slow_work(
 
 def test_log_verifies_after_a_pepper_rotation(operator: TestClient, services: Services) -> None:
     """A server that starts with both peppers stores the keys of the old one. After that, the new pepper is enough."""
-    run_once(services)
+    seal(services)
     old_file = services.settings.data_dir / "pepper.previous"
     old_file.write_bytes(services.pepper.current)
     settings = services.settings.model_copy(update={"pepper": SecretStr("n" * 32)})
@@ -294,9 +294,13 @@ def test_log_verifies_after_a_pepper_rotation(operator: TestClient, services: Se
 
     started = open_services(settings, services.api_settings)
     operator.post("/v1/projects", json={"name": "after"})
-    run_once(started)
+    seal(started)
 
     assert started.pepper.previous is None
     found = chain.check(started.db, peppers=started.pepper.all())
     assert (found.misfit, found.num_unsealed) == (None, 0)
     started.db.close()
+
+
+def seal(services: Services) -> None:
+    next(each for each in PERIODIC if each.name == "seal_audit_log").run(services)

@@ -253,7 +253,7 @@ ACTS: dict[str, Act] = {
     ),
     "a replay": lambda w, ids: delivery_log.replay(w.db, **owner(w), delivery_id=ids["delivery"]),
     "sending a due delivery": lambda w, _: send(w, status_code=503),
-    "check for due deliveries": lambda w, _: delivery_queue.claim(w.db, pepper=PEPPER, limit=9, in_flight=[]),
+    "check for due deliveries": lambda w, _: delivery_queue.claim(w.db, pepper=PEPPER),
     "replays since a time": lambda w, ids: delivery_log.replay_failed(
         w.db, **owner(w), endpoint_id=ids["hook"], since=w.clock.now
     ),

@@ -114,9 +114,10 @@ def test_no_webhook_secret_is_stored(hooks: Hooks, world: World) -> None:
 def test_another_pepper_signs_nothing(hooks: Hooks, world: World) -> None:
     hooks.end_job()
 
-    (claimed,) = delivery_queue.claim(world.db, pepper=Pepper(current=b"another" * 5), limit=9, in_flight=[])
+    turn = delivery_queue.claim(world.db, pepper=Pepper(current=b"another" * 5))
 
-    assert claimed.signed_with == []
+    assert turn is not None
+    assert [claimed.signed_with for claimed in turn.deliveries] == [[]]
     with pytest.raises(Conflict, match="can't be recovered") as refused:
         signing.current(hooks.row, Pepper(current=b"another" * 5))
     assert f"`lorry webhooks rotate-secret {hooks.row.id} --overlap 0s`" in refused.value.remedy
@@ -139,6 +140,7 @@ def test_rotation_signs_with_both_secrets_during_the_overlap(hooks: Hooks, world
     hooks.end_job()
     (both,) = hooks.claim()
     world.clock.advance(3600)
+    hooks.end_turns()
     hooks.end_job()
     after = [one for one in hooks.claim() if one.message_id != both.message_id]
     endpoints.rotate(world.db, **hooks.ident, overlap_seconds=0, pepper=PEPPER)
@@ -154,7 +156,7 @@ def test_message_of_a_dead_sender_is_sent_again_with_the_same_id(hooks: Hooks, w
     (first,) = hooks.claim()
     meanwhile = hooks.claim()
 
-    world.clock.advance(delivery_queue.DELIVERY_LEASE_SECONDS)
+    world.clock.advance(delivery_queue.TURN_LEASE_SECONDS)
     (second,) = hooks.claim()
     delivery_queue.record(world.db, first, BAD)  # the first sender was only late
     delivery_queue.record(world.db, second, OK)
@@ -169,13 +171,15 @@ def test_message_of_a_dead_sender_is_sent_again_with_the_same_id(hooks: Hooks, w
 
 @pytest.mark.both_databases
 def test_concurrent_processes_send_each_message_once(hooks: Hooks) -> None:
-    for _ in range(12):
+    for _ in range(3):
+        hooks.more()
+    for _ in range(6):
         hooks.end_job()
 
     with ThreadPoolExecutor(4) as pool:
-        found = [one.delivery_id for batch in pool.map(lambda _: hooks.claim(), range(8)) for one in batch]
+        found = [one.delivery_id for sent in pool.map(lambda _: hooks.send(OK), range(4)) for one in sent]
 
-    assert len(found) == len(set(found)) == 12
+    assert len(found) == len(set(found)) == 24
 
 
 def test_slow_endpoint_delays_only_itself(hooks: Hooks, world: World) -> None:
@@ -183,12 +187,17 @@ def test_slow_endpoint_delays_only_itself(hooks: Hooks, world: World) -> None:
     for _ in range(20):
         hooks.end_job()
 
-    claimed = hooks.claim()
-    taken, slow = [one.endpoint_id for one in claimed], [one for one in claimed if one.endpoint_id == hooks.row.id]
-    while hooks.row.id in taken and taken.count(hooks.row.id) < 20 and (more := hooks.claim(slow)):
-        taken += [one.endpoint_id for one in more]
+    taken = [one.endpoint_id for one in hooks.claim()]
+    hooks.turns = [turn for turn in hooks.turns if turn.task.subject == other.id]
+    slow_taken = taken.count(hooks.row.id)
+    while taken.count(other.id) < 20:
+        for turn in hooks.turns:
+            for outgoing in turn.deliveries:
+                delivery_queue.record(world.db, outgoing, OK)
+        hooks.end_turns()
+        taken += [one.endpoint_id for one in hooks.claim()]
 
-    assert taken.count(hooks.row.id) == delivery_queue.AT_ONCE
+    assert slow_taken == taken.count(hooks.row.id) == delivery_queue.MAX_AT_ONCE
     assert taken.count(other.id) == 20
 
 
@@ -197,22 +206,9 @@ def test_failing_endpoint_is_tried_with_one_message_at_a_time(hooks: Hooks, worl
         hooks.end_job()
     for claimed in hooks.claim():
         delivery_queue.record(world.db, claimed, BAD)
+    hooks.end_turns()
 
     assert len(hooks.claim()) == 1
-
-
-def test_in_flight_failing_endpoint_does_not_block_others(hooks: Hooks, world: World) -> None:
-    for _ in range(2):
-        hooks.end_job()
-    held = hooks.claim()
-    delivery_queue.record(world.db, held[0], BAD)
-    other, _ = hooks.more()
-    hooks.end_job()
-    world.clock.advance(delivery_queue.DELIVERY_LEASE_SECONDS)
-
-    (claimed,) = delivery_queue.claim(world.db, pepper=PEPPER, limit=1, in_flight=held[1:])
-
-    assert claimed.endpoint_id == other.id
 
 
 def test_delivery_is_retried_for_a_day_with_one_id_and_then_fails(hooks: Hooks, world: World) -> None:
@@ -244,6 +240,7 @@ def test_gone_endpoint_is_disabled_at_once_and_others_are_notified(hooks: Hooks,
     claimed = hooks.claim()[0]
 
     delivery_queue.record(world.db, claimed, DeliveryResult(started_at=1.0, seconds=0.1, status_code=410))
+    hooks.end_turns()
     kept = hooks.end_job()
 
     assert (hooks.endpoint().disabled_reason, [row.status for row in hooks.all()]) == ("gone", ["failed"] * 3)
@@ -257,9 +254,11 @@ def test_endpoint_is_disabled_after_days_of_failures_without_a_success(hooks: Ho
         world.clock.advance(days * DAY)
         hooks.end_job()
         delivery_queue.record(world.db, hooks.claim()[0], BAD)
+        hooks.end_turns()
         if days == 0:
             world.clock.advance(6)
             delivery_queue.record(world.db, hooks.claim()[0], OK)
+            hooks.end_turns()
     assert hooks.endpoint().disabled_at is None
 
     world.clock.advance(3 * DAY)
@@ -278,9 +277,7 @@ def test_failed_deliveries_are_replayed_with_their_attempts(hooks: Hooks, world:
     newest, middle, oldest = hooks.all()
 
     assert delivery_log.replay_failed(world.db, **hooks.ident, since=since) == 2
-    again = [hooks.claim()[0], *hooks.claim()]
-    for claimed in again:
-        delivery_queue.record(world.db, claimed, OK)
+    again = hooks.send(OK)
     delivery_log.replay(world.db, **hooks.owner, delivery_id=oldest.id)
     (last,) = hooks.claim()
     delivery_queue.record(world.db, last, BAD)
@@ -298,8 +295,12 @@ def test_replay_does_not_duplicate_a_delivery_in_flight(hooks: Hooks, world: Wor
     (claimed,) = hooks.claim()
 
     delivery_log.replay(world.db, **hooks.owner, delivery_id=claimed.delivery_id)
+    meanwhile = hooks.claim()
+    delivery_queue.record(world.db, claimed, OK)
+    hooks.end_turns()
 
-    assert hooks.claim() == []
+    assert meanwhile == hooks.claim() == []
+    assert [row.status for row in hooks.all()] == ["delivered"]
 
 
 def test_events_of_a_disabled_endpoint_are_kept_for_replay(hooks: Hooks, world: World) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import pytest
 from sqlalchemy import select
 
-from catalog.tables.webhooks import WebhookEndpoint
+from catalog.tables.tasks import Task
+from catalog.tables.webhooks import WebhookDelivery
 from catalog.webhooks import delivery_queue, endpoints, outbox
 from catalog.webhooks.delivery_queue import FAILING_SECONDS, DeliveryResult
 from catalog.webhooks.outbox import EVENT_TYPES
-from tests.catalog.hooks import Hooks
+from tests.catalog.hooks import OK, Hooks
 from tests.catalog.world import PEPPER, World
 
 
@@ -28,7 +30,7 @@ def add_events(world: World, project_id: str, number: int) -> None:
             outbox.add(session, project_id=project_id, event_type="fine_tuning.job.succeeded", **about)
 
 
-def test_one_project_uses_at_most_a_quarter_of_the_slots(world: World) -> None:
+def test_projects_take_turns_and_full_ones_are_skipped(world: World) -> None:
     noisy, quiet = world.caller.project_id, world.stranger.project_id
     add_endpoints(world, noisy, endpoints.MAX_ENDPOINTS)
     add_events(world, noisy, 10)
@@ -36,29 +38,11 @@ def test_one_project_uses_at_most_a_quarter_of_the_slots(world: World) -> None:
     add_endpoints(world, quiet, 1)
     add_events(world, quiet, 10)
 
-    claimed = delivery_queue.claim(world.db, pepper=PEPPER, limit=64, in_flight=[])
-    more = delivery_queue.claim(world.db, pepper=PEPPER, limit=64 - len(claimed), in_flight=claimed)
+    turns = [delivery_queue.claim(world.db, pepper=PEPPER) for _ in range(3)]
+    others = delivery_queue.claim(world.db, pepper=PEPPER, full_projects=[noisy])
 
-    with world.db.read() as session:
-        owners = {row.id: row.project_id for row in session.scalars(select(WebhookEndpoint))}
-    taken = Counter(owners[outgoing.endpoint_id] for outgoing in claimed)
-    assert taken == {noisy: 16, quiet: delivery_queue.AT_ONCE}
-    assert more == [], "the noisy project has its quarter, and the quiet endpoint its four"
-
-
-def test_last_free_slot_goes_to_the_project_with_the_fewest_deliveries(world: World) -> None:
-    noisy, quiet = world.caller.project_id, world.stranger.project_id
-    add_endpoints(world, noisy, 5)
-    add_events(world, noisy, 2)
-    held = delivery_queue.claim(world.db, pepper=PEPPER, limit=3, in_flight=[])
-    world.clock.advance(60)
-    add_endpoints(world, quiet, 1)
-    add_events(world, quiet, 1)
-
-    (last,) = delivery_queue.claim(world.db, pepper=PEPPER, limit=1, in_flight=held)
-
-    assert {outgoing.project_id for outgoing in held} == {noisy}
-    assert last.project_id == quiet
+    assert [turn and turn.project_id for turn in turns] == [noisy, quiet, noisy]
+    assert others is None
 
 
 def test_resolver_failure_does_not_disable_an_endpoint(world: World) -> None:
@@ -74,3 +58,30 @@ def test_resolver_failure_does_not_disable_an_endpoint(world: World) -> None:
     assert hooks.endpoint().disabled_at is None
     assert hooks.endpoint().failing_since is None
     assert {row.status for row in hooks.all()} == {"failed"}, "the attempts themselves are counted"
+
+
+@pytest.mark.both_databases
+def test_concurrent_events_of_several_projects_do_not_deadlock(world: World) -> None:
+    projects = [world.caller.project_id, world.stranger.project_id]
+    for project_id in projects:
+        add_endpoints(world, project_id, 3)
+
+    def add_and_send(order: list[str]) -> None:
+        for number in range(15):
+            about: dict[str, Any] = {"data": {"id": f"ftjob-{number}"}, "now": world.clock.now}
+            with world.db.write() as session:
+                for project_id in order:
+                    outbox.add(session, project_id=project_id, event_type="fine_tuning.job.succeeded", **about)
+            while turn := delivery_queue.claim(world.db, pepper=PEPPER):
+                for outgoing in turn.deliveries:
+                    delivery_queue.record(world.db, outgoing, OK)
+                delivery_queue.release(world.db, turn)
+
+    with ThreadPoolExecutor(4) as pool:
+        for done in [pool.submit(add_and_send, order) for order in (projects, projects[::-1]) * 2]:
+            done.result()
+    add_and_send([])
+
+    with world.db.read() as session:
+        assert set(session.scalars(select(WebhookDelivery.status))) == {"delivered"}
+        assert session.scalars(select(Task.subject)).all() == []

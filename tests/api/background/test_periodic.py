@@ -1,4 +1,4 @@
-"""Background tasks of the API server: lease expiry, worker notifications, garbage collection and restarts."""
+"""Background work of the API server: lease expiry, worker notifications, garbage collection and restarts."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from api import maintenance_loop
+from api.background import supervisor
+from api.background.periodic import PERIODIC
+from api.background.supervisor import keep_running
 from api.deps import Services
-from api.maintenance_loop import advance_once, clean_once, keep_running, run_once
 from api.streaming.hub import Feed
 from catalog.audit import chain
 from catalog.errors import InvalidRequest, Unavailable
@@ -51,6 +52,11 @@ def notifying(services: Services, notifier: CountingNotifier) -> Services:
     return dataclasses.replace(services, notifier=notifier)
 
 
+def run_all(services: Services) -> None:
+    for each in PERIODIC:
+        each.run(services)
+
+
 def test_job_of_a_lost_worker_is_requeued_and_workers_are_notified(
     notifying: Services, notifier: CountingNotifier, world: World
 ) -> None:
@@ -62,12 +68,12 @@ def test_job_of_a_lost_worker_is_requeued_and_workers_are_notified(
         job.lease_expires_at, job.lease_extended = 1.0, True
         session.get_one(DatabaseHeartbeat, 1)
 
-    run_once(notifying)
+    run_all(notifying)
 
     assert world.job(claim.job.id).state == "queued"
     assert world.job(claim.job.id).claim_id is None
     waiting = world.submit()
-    run_once(notifying)
+    run_all(notifying)
     assert waiting.state == "validating_files"
     assert notifier.count >= 1
 
@@ -75,7 +81,7 @@ def test_job_of_a_lost_worker_is_requeued_and_workers_are_notified(
 def test_workers_are_not_notified_while_nothing_waits(
     notifying: Services, notifier: CountingNotifier, world: World
 ) -> None:
-    run_once(notifying)
+    run_all(notifying)
 
     assert notifier.count == 0
 
@@ -92,7 +98,7 @@ def test_unavailable_database_does_not_stop_the_loop(
     for failing in (away, crash):
         monkeypatch.setattr(recovery, "expire", failing)
         with caplog.at_level(logging.WARNING):
-            run_once(notifying)
+            run_all(notifying)
 
     assert "database_unavailable" in caplog.text
     assert "odd" in caplog.text
@@ -112,12 +118,11 @@ def test_failed_task_does_not_prevent_the_others(
     for module, act in ((recovery, "expire"), (controller, "advance"), (deadlines, "notify_late")):
         monkeypatch.setattr(module, act, crash)
     with caplog.at_level(logging.WARNING):
-        advance_once(notifying)
-        run_once(notifying)
+        run_all(notifying)
 
     assert notifier.count == 1
     assert chain.check(world.db, peppers=[notifying.pepper.current]).num_unsealed == 0
-    named = ("advance_sweeps", "recover", "notify_missed_deadlines")
+    named = ("recover", "notify_missed_deadlines", "advance_sweeps")
     of_loop = [record.message for record in caplog.records if record.name == "lorry.api"]
     assert of_loop == [f"crash in {act}" for act in named]
     assert caplog.text.count("Traceback") == 3
@@ -145,7 +150,7 @@ def test_old_unreferenced_blobs_are_deleted_and_referenced_ones_stay(services: S
     for path in (services.settings.data_dir / "store").rglob("*"):
         os.utime(path, (1.0, 1.0))
 
-    clean_once(services)
+    run_all(services)
 
     assert b"".join(services.store.open_blob(named.digest)) == b"named"
     with pytest.raises(DamagedArtifact):
@@ -168,7 +173,7 @@ def test_crashed_background_task_is_logged_counted_and_restarted(
     asyncio.run(keep_running("streams", run, services.telemetry, sleep=sleep))
 
     assert len(runs) == 3
-    assert waits == [maintenance_loop.RESTART_SECONDS] * 2
+    assert waits == [supervisor.RESTART_SECONDS] * 2
     assert caplog.text.count("crash in the background task streams") == 2
     restarts = services.telemetry.registry.get_sample_value("lorry_background_restarts_total", {"task": "streams"})
     assert restarts == 2
@@ -187,7 +192,7 @@ def test_live_streams_survive_a_crash_of_their_feed(
         await original(feed)
 
     monkeypatch.setattr(Feed, part, crash_once)
-    monkeypatch.setattr(maintenance_loop, "RESTART_SECONDS", 0.0)
+    monkeypatch.setattr(supervisor, "RESTART_SECONDS", 0.0)
     job = world.submit()
     with (
         running(app, key) as site,

@@ -1,0 +1,118 @@
+"""The periodic actions of an API server: expire leases and inference requests, report deadlines that will be missed,
+advance sweeps, seal and anchor the audit log, wake workers, and delete objects that nothing references.
+
+Every API server runs them, so each action must be safe while another process runs it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from api.deps import Services
+from catalog.audit import chain
+from catalog.audit.derived_keys import PepperReplaced
+from catalog.errors import OutOfSpace, Unavailable
+from catalog.inference import requests
+from catalog.lifecycle import deadlines, recovery
+from catalog.maintenance import audit_anchors
+from catalog.maintenance.garbage_collection import clean
+from catalog.queue import pending
+from catalog.serving import endpoints
+from catalog.settings import Settings
+from catalog.sweeps import controller
+from catalog.webhooks import delivery_log, sealed_urls
+
+log = logging.getLogger("lorry.api")
+
+SEALED_AT_MOST = 10_000
+"""Maximum number of events sealed in one run, so that an upgrade that clears all seals does not take minutes."""
+MAX_STEPS = 20
+"""Maximum number of steps of sweeps in one run."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Periodic:
+    """An action that runs in a thread, again and again."""
+
+    name: str
+    """Its runs are counted under this name."""
+    act: Callable[[Services], None]
+    seconds: Callable[[Settings], float]
+    """Time between the end of a run and the next."""
+    first_seconds: float | None = None
+    """Time before the first run. None: as before the others."""
+
+    def run(self, services: Services) -> None:
+        """Run the action once. Its failure is logged and counted, never raised."""
+        is_done = False
+        try:
+            self.act(services)
+            is_done = True
+        except (Unavailable, OutOfSpace, PepperReplaced) as error:
+            log.warning("%s code=%s: %s", self.name, error.code, error)
+        except Exception:  # the next run may succeed
+            log.exception("crash in %s", self.name)
+        services.telemetry.count_run(self.name, is_done=is_done)
+
+
+def _recover(services: Services) -> None:
+    num_ended = recovery.expire(services.db, lease_seconds=services.settings.lease_seconds)
+    if num_ended:
+        log.warning("recovered jobs=%d", num_ended)
+        _wake_workers(services)
+
+
+def _expire_inference_requests(services: Services) -> None:
+    num_expired = requests.remove_expired(services.db)
+    if num_expired:
+        log.warning("expired inference_requests=%d", num_expired)
+
+
+def _advance_sweeps(services: Services) -> None:
+    if controller.advance_some(services.db, most=MAX_STEPS):
+        services.notifier.wake_workers()  # new trials have files to prepare
+
+
+def _seal_audit_log(services: Services) -> None:
+    chain.seal(services.db, pepper=services.pepper.current, at_most=SEALED_AT_MOST)
+
+
+def _anchor(services: Services) -> None:
+    audit_anchors.anchor(services.db, services.store.objects, pepper=services.pepper.current)
+
+
+def _notify_missed_deadlines(services: Services) -> None:
+    deadlines.notify_late(services.db)
+
+
+def _wake_workers(services: Services) -> None:
+    if pending.has_work(services.db):
+        services.notifier.wake_workers()
+
+
+def _collect_garbage(services: Services) -> None:
+    sealed_urls.seal_all(services.db, peppers=services.pepper.all())
+    endpoints.seal_all(services.db, peppers=services.pepper.all())
+    num_deleted = clean(services.db, services.store)
+    delivery_log.forget(services.db)
+    log.info("cleaned objects=%d", num_deleted)
+
+
+def _often(settings: Settings) -> float:
+    """At longer intervals, recovery would assume an outage of the database."""
+    return settings.lease_seconds / 4
+
+
+PERIODIC = (
+    Periodic(name="recover", act=_recover, seconds=_often),
+    Periodic(name="expire_inference_requests", act=_expire_inference_requests, seconds=_often),
+    Periodic(name="seal_audit_log", act=_seal_audit_log, seconds=_often),
+    Periodic(name="notify_missed_deadlines", act=_notify_missed_deadlines, seconds=_often),
+    Periodic(name="wake_workers", act=_wake_workers, seconds=_often),
+    # Soon after a trial has ended. Workers can't do this: they may not create jobs.
+    Periodic(name="advance_sweeps", act=_advance_sweeps, seconds=lambda settings: settings.poll_seconds),
+    Periodic(name="anchor", act=_anchor, seconds=lambda _: 3600.0, first_seconds=0.0),
+    Periodic(name="collect_garbage", act=_collect_garbage, seconds=lambda _: 24 * 3600.0, first_seconds=600.0),
+)
