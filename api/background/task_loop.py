@@ -21,13 +21,17 @@ log = logging.getLogger("lorry.api")
 
 
 class TaskLoop(ABC, Generic[ClaimT]):
-    def __init__(self, name: str, *, most: int, finish_seconds: float = 0.0) -> None:
-        """most: of how many claims the process works on at a time. finish_seconds: how long work may continue at
-        shutdown before it is cancelled."""
-        self._name, self._most, self._finish_seconds = name, most, finish_seconds
+    def __init__(self, name: str, *, finish_seconds: float = 0.0) -> None:
+        """finish_seconds: how long work may continue at shutdown before it is cancelled."""
+        self._name, self._finish_seconds = name, finish_seconds
         self._claims: dict[asyncio.Task[None], ClaimT] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self._wake_up = asyncio.Event()
+
+    @property
+    @abstractmethod
+    def most(self) -> int:
+        """On how many claims the process works at a time."""
 
     @property
     @abstractmethod
@@ -65,11 +69,11 @@ class TaskLoop(ABC, Generic[ClaimT]):
                         await self._wake_up.wait()
                 self._wake_up.clear()
         finally:
-            await self._end()
+            await self._stop()
 
     async def _poll(self) -> None:
         try:
-            while len(self._claims) < self._most and (claimed := await self.claim()) is not None:
+            while len(self._claims) < self.most and (claimed := await self.claim()) is not None:
                 task = asyncio.create_task(self._guarded(claimed))
                 self._claims[task] = claimed
                 task.add_done_callback(self._forget)
@@ -94,7 +98,7 @@ class TaskLoop(ABC, Generic[ClaimT]):
         except Exception:
             log.exception("crash in %s", self._name)
 
-    async def _end(self) -> None:
+    async def _stop(self) -> None:
         if self._claims and self._finish_seconds:
             await asyncio.wait(self._claims, timeout=self._finish_seconds)
         for task in self._claims:

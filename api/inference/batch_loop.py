@@ -39,9 +39,13 @@ class BatchRunner(TaskLoop[BatchClaim]):
     def __init__(
         self, db: Database, store: ArtifactStore, settings: Settings, *, replies: Replies, notifier: Notifier
     ) -> None:
-        super().__init__("batches", most=MAX_BATCHES)
+        super().__init__("batches")
         self._db, self._store, self._settings = db, store, settings
         self._replies, self._notifier = replies, notifier
+
+    @property
+    def most(self) -> int:
+        return MAX_BATCHES
 
     @property
     def look_seconds(self) -> float:

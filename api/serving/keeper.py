@@ -71,8 +71,12 @@ class EndpointKeepers(TaskLoop["EndpointKeeper"]):
     """The endpoints that this process keeps."""
 
     def __init__(self, tools: KeeperTools) -> None:
-        super().__init__("serving", most=MAX_KEPT)
+        super().__init__("serving")
         self._tools = tools
+
+    @property
+    def most(self) -> int:
+        return MAX_KEPT
 
     @property
     def look_seconds(self) -> float:

@@ -31,8 +31,12 @@ MAX_ENDPOINTS_OF_PROJECT = MAX_ENDPOINTS // 4
 
 class WebhookDeliverer(TaskLoop[Turn]):
     def __init__(self, db: Database, sender: WebhookSender, *, pepper: Pepper, telemetry: Telemetry) -> None:
-        super().__init__("webhooks", most=MAX_ENDPOINTS, finish_seconds=FINISH_SECONDS)
+        super().__init__("webhooks", finish_seconds=FINISH_SECONDS)
         self._db, self._sender, self._pepper, self._telemetry = db, sender, pepper, telemetry
+
+    @property
+    def most(self) -> int:
+        return MAX_ENDPOINTS
 
     @property
     def look_seconds(self) -> float:

@@ -48,11 +48,11 @@ class Hooks:
     def send(self, outcome: DeliveryResult) -> list[Outgoing]:
         """Attempt all due deliveries, until none is left. Returns them."""
         sent: list[Outgoing] = []
-        while claimed := self.claim():
-            for outgoing in claimed:
+        while (turn := delivery_queue.claim(self.db, pepper=PEPPER)) is not None:
+            for outgoing in turn.deliveries:
                 delivery_queue.record(self.db, outgoing, outcome)
-            sent += claimed
-            self.end_turns()
+            delivery_queue.release(self.db, turn)
+            sent += turn.deliveries
         return sent
 
     def end_job(self) -> str:

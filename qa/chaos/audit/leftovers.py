@@ -24,9 +24,9 @@ def rows(found: Record, *, now: float, lease_seconds: float) -> Iterator[Finding
     for job in found.jobs:
         yield from _of_job(job, oldest)
     yield from _never_ended(found)
-    for row in (*found.plans, *found.bases):
-        if row["claim_id"] is not None and (row["lease_expires_at"] or 0.0) < oldest:
-            yield _leak(row.get("id") or row["name"], "its lease expired two leases ago")
+    for task in found.tasks:
+        if task["claim_id"] is not None and (task["lease_expires_at"] or 0.0) < oldest:
+            yield _leak(f"{task['kind']} {task['subject']}", "the lease of the task expired two leases ago")
 
 
 def _of_job(job: Row, oldest: float) -> Iterator[Finding]:

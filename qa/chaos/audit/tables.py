@@ -38,8 +38,7 @@ class Record:
     audit_heads: list[Row]
     workers: list[Row]
     trainers: list[Row]
-    plans: list[Row]
-    bases: list[Row]
+    tasks: list[Row]
 
 
 def read(database_url: str) -> Record:
@@ -73,8 +72,7 @@ def _read(connection: Connection) -> Record:
         audit_heads=_rows(connection, "audit_head"),
         workers=_rows(connection, "workers"),
         trainers=_rows(connection, "trainers"),
-        plans=_rows(connection, "plans"),
-        bases=_rows(connection, "base_models"),
+        tasks=_rows(connection, "tasks"),
     )
 
 
