@@ -28,10 +28,22 @@ if TYPE_CHECKING:
         ServiceNotVerified,
         WaitTimeout,
     )
-    from lorry.models.accounts import ApiKey, AuditEvent, Organization, Project
-    from lorry.models.jobs import Adapter, File, Job, JobEvent, JobUpdate, Model
-    from lorry.models.sweeps import Sweep, Trial
-    from lorry.models.webhooks import WebhookDelivery, WebhookEndpoint
+    from lorry.models import (
+        Adapter,
+        ApiKey,
+        AuditEvent,
+        File,
+        Job,
+        JobEvent,
+        Model,
+        Organization,
+        Project,
+        Sweep,
+        Trial,
+        WebhookDelivery,
+        WebhookEndpoint,
+    )
+    from lorry.resources.follow import JobUpdate
     from lorry.transport.retries import RetryPolicy
 
 __version__ = "0.1.0"
@@ -72,16 +84,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in __all__:
-        for home in (
-            "lorry.errors",
-            "lorry.models.jobs",
-            "lorry.models.accounts",
-            "lorry.models.sweeps",
-            "lorry.models.webhooks",
-            "lorry.client",
-            "lorry.transport.retries",
-        ):
-            found = vars(import_module(home))
+        for home in ("errors", "models", "resources.follow", "client", "transport.retries"):
+            found = vars(import_module(f"{__name__}.{home}"))
             if name in found:
                 globals()[name] = found[name]
                 return found[name]

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from lorry.errors import Conflict, LorryError
-from lorry.models.sweeps import Sweep, Trial
+from lorry.models import Sweep, Trial
 from lorry.requests import Metric
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ from tools import (
     reference_fields,
     reference_memory,
     reference_sdk,
+    sdk_types,
 )
 from tools.error_catalog import error_messages, is_bare
 
@@ -75,6 +76,8 @@ def _line(text: str) -> str:
 
 PAGES: dict[str, Callable[[], str]] = {
     "lorry/cli/parsing/job_options.json": job_options.job_options,
+    "lorry/models.py": sdk_types.models,
+    "lorry/requests.py": sdk_types.requests,
     "docs/reference/cli.md": reference_cli.page,
     "docs/reference/errors.md": errors,
     "dashboard/errors.html": errors_page,

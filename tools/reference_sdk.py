@@ -1,33 +1,14 @@
 """The generated sections of the Python SDK's reference page, from the source of `lorry`."""
 
 import ast
-import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from textwrap import dedent
-from typing import Any
-
-from tools.reference_api import meaning, openapi
 
 ROOT = Path(__file__).parents[1]
 RESOURCES = ROOT / "lorry" / "resources"
-MODELS = ROOT / "lorry" / "models"
-MODULES = ("jobs", "exports", "plans", "sweeps", "batches", "accounts", "webhooks", "serving")
-SCHEMAS = {
-    "JobFailure": "ModelError",
-    "Job": "FineTuningJob",
-    "JobEvent": "FineTuningJobEvent",
-    "Checkpoint": "FineTuningJobCheckpoint",
-    "Evaluation": "AdapterEvaluation",
-    "Efficiency": "AdapterEfficiency",
-    "AdapterExport": "ExportObject",
-    "Estimate": "PlanEstimate",
-    "ApiKey": "ApiKeyCreated",
-    "RevokedKey": "ApiKeyRevoked",
-    "WebhookEndpoint": "WebhookEndpointWithSecret",
-    "WebhookTest": "WebhookTestResult",
-}
-"""The API's schema of a class, if its name is neither that of the class nor that with `Object`."""
+OBJECTS = ("models.py", "resources/follow.py", "resources/jobs.py")
+"""Files with the classes that methods return."""
 MAX_WIDTH = 100
 """Maximum length of a signature on one line."""
 
@@ -77,10 +58,10 @@ def functions() -> str:
 def objects() -> str:
     """A table of fields for each class that the methods return."""
     parts: list[str] = []
-    for module in MODULES:
-        for node in _classes(MODELS / f"{module}.py"):
+    for path in OBJECTS:
+        for node in filter(_is_dataclass, _classes(ROOT / "lorry" / path)):
             parts += [f"### {node.name}", "", _paragraphs(ast.get_docstring(node) or ""), ""]
-            fields = list(_fields(node, _api_meanings(node.name)))
+            fields = list(_fields(node))
             if fields:
                 parts += ["| Field | Type | Meaning |", "|---|---|---|", *fields, ""]
     return "\n".join(parts).strip()
@@ -134,17 +115,12 @@ def _parameter(argument: ast.arg, default: ast.expr | None) -> str:
     return f"{argument.arg}{kind}" + (f" = {ast.unparse(default)}" if default is not None else "")
 
 
-def _api_meanings(name: str) -> dict[str, str]:
-    """Return the API's descriptions of the fields of a class; none if it is no object of the API."""
-    document = openapi()
-    schemas: dict[str, Any] = document["components"]["schemas"]
-    known = [each for each in (SCHEMAS.get(name, ""), f"{name}Object", name) if each in schemas]
-    properties: dict[str, Any] = schemas[known[0]]["properties"] if known else {}
-    return {field: meaning(schema, document) for field, schema in properties.items()}
+def _is_dataclass(node: ast.ClassDef) -> bool:
+    return any(isinstance(each, ast.Call) and ast.unparse(each.func) == "dataclass" for each in node.decorator_list)
 
 
-def _fields(node: ast.ClassDef, meanings: dict[str, str]) -> Iterator[str]:
-    """Yield a row for each field and each property of a dataclass. meanings: for fields without a docstring."""
+def _fields(node: ast.ClassDef) -> Iterator[str]:
+    """Yield a row for each field and each property of a dataclass."""
     for index, statement in enumerate(node.body):
         match statement:
             case ast.AnnAssign(target=ast.Name(id=name), annotation=kind) if name != "raw":
@@ -155,10 +131,7 @@ def _fields(node: ast.ClassDef, meanings: dict[str, str]) -> Iterator[str]:
                 text = ast.get_docstring(statement)
             case _:
                 continue
-        if not text:
-            null = "None" if "None" in ast.unparse(kind) else "empty"  # such a field keeps its default
-            text = re.sub(r"\b[Nn]ull\b", null, meanings.get(name, ""))
-        yield f"| `{name}` | `{_cell(ast.unparse(kind))}` | {_cell(text)} |"
+        yield f"| `{name}` | `{_cell(ast.unparse(kind))}` | {_cell(text or '')} |"
 
 
 def _docstring_after(body: Sequence[ast.stmt], index: int) -> str:

@@ -29,7 +29,7 @@ class VerificationObject(BaseModel):
     worst_linear_error: float | None = Field(
         default=None, description="Error of that layer, as a fraction of its tolerance."
     )
-    explanation: str | None = Field(default=None, description="What was compared, and the reason for the tolerance.")
+    explanation: str | None = Field(default=None, description="The comparison, and the reason for the tolerance.")
 
 
 class AdapterEvaluation(BaseModel):

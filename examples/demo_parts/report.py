@@ -22,7 +22,7 @@ from demo_parts.word_overlap import mean_f1
 if TYPE_CHECKING:
     from demo_parts.sizing import Size
     from demo_parts.training import Outcome
-    from lorry.models.jobs import Model
+    from lorry.models import Model
 
 _NUM_SHOWN = 3
 _STEPS_A_LINE = 10

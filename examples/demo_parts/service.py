@@ -15,7 +15,7 @@ from pathlib import Path
 from demo_parts.base_source import Source
 from demo_parts.report import DemoFailed, console, waiting
 from lorry import Lorry, LorryError, RetryPolicy
-from lorry.models.jobs import Model
+from lorry.models import Model
 
 _STOP_SECONDS = 90
 _SHOWN_LINES = 12

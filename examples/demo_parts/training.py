@@ -20,7 +20,7 @@ from demo_parts import sizing
 from demo_parts.report import DemoFailed, bars, draw, waiting
 from demo_parts.sizing import Size
 from lorry import Conflict, Lorry, LorryError
-from lorry.models.jobs import Adapter, Attempt, Job, Model
+from lorry.models import Adapter, Attempt, Job, Model
 
 VARIANTS = (
     {"suffix": "small", "rank": 4, "learning_rate": 4e-3, "seed": 1},

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from lorry.client import Lorry
-    from lorry.models.jobs import Adapter, Job
+    from lorry.models import Adapter, Job
 
 FULL_ID = re.compile(r"[a-z]+-[0-9a-f]{24}")
 SEARCHED = 5000

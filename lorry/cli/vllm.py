@@ -28,8 +28,7 @@ from lorry.local.supervisor import MAX_FAILED_STARTS
 
 if TYPE_CHECKING:
     from lorry.client import Lorry
-    from lorry.models.jobs import Model
-    from lorry.models.serving import ServingEndpoint
+    from lorry.models import Model, ServingEndpoint
 
 ENDPOINT = "local"
 """Name of the endpoint."""

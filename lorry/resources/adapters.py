@@ -11,9 +11,7 @@ from typing import Any
 from urllib.parse import quote
 
 from lorry.errors import LorryError
-from lorry.models.exports import AdapterExport
-from lorry.models.jobs import Adapter, Job, Permission
-from lorry.models.serving import Deployment
+from lorry.models import Adapter, AdapterExport, Deployment, Job, Permission
 from lorry.resources import pages
 from lorry.resources.exports import AdapterExports, Format, Quantization
 from lorry.resources.files import OnBytes

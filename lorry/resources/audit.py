@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from lorry.models.accounts import AuditEvent, AuditVerification
+from lorry.models import AuditEvent, AuditVerification
 from lorry.resources import pages
 from lorry.transport.http import Transport
 

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from urllib.parse import quote
 
-from lorry.models.batches import Batch
+from lorry.models import Batch
 from lorry.resources import pages
 from lorry.transport.http import Transport
 

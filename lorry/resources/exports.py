@@ -10,7 +10,7 @@ from typing import Literal
 from urllib.parse import quote
 
 from lorry.errors import BadDownload, LorryError, WaitTimeout
-from lorry.models.exports import AdapterExport
+from lorry.models import AdapterExport
 from lorry.resources import pages
 from lorry.resources.files import OnBytes
 from lorry.resources.polling import poll_until

@@ -12,7 +12,7 @@ from typing import IO, Any
 from urllib.parse import quote
 
 from lorry.errors import BadDownload
-from lorry.models.jobs import File
+from lorry.models import File
 from lorry.resources import pages
 from lorry.transport.http import Transport
 

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 from lorry.errors import APIError, ConnectionFailed, ServerFailed
-from lorry.models.jobs import Job, JobEvent, JobUpdate
+from lorry.models import Job, JobEvent
 from lorry.transport import sse
 from lorry.transport.http import Transport
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobUpdate:
+    """A message of a job's live stream."""
+
+    kind: str
+    """job, event or metric: the only one of the last three fields that is set."""
+    id: str = ""
+    """ID of the message, after which a new stream can continue. Empty if it has none."""
+    job: Job | None = None
+    """The job with its new status or progress."""
+    event: JobEvent | None = None
+    """A new event of the job."""
+    metric: dict[str, Any] | None = None
+    """A new point of a curve, as in `jobs.metrics`."""
 
 
 def stream(transport: Transport, path: str, last_event_id: str | None) -> Iterator[JobUpdate]:

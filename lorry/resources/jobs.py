@@ -6,18 +6,37 @@ import itertools
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Unpack
 from urllib.parse import quote
 
 from lorry import requests
 from lorry.errors import WaitTimeout
-from lorry.models.jobs import Attempt, Checkpoint, Job, JobEvent, JobUpdate, LogLine, Sample
+from lorry.models import Attempt, Checkpoint, Job, JobEvent, LogLine
 from lorry.resources import follow as live
 from lorry.resources import pages
+from lorry.resources.follow import JobUpdate
 from lorry.resources.polling import poll_until
 from lorry.transport.http import Transport
+from lorry.view import View
 
 _PATH = "fine_tuning/jobs"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(View):
+    """A job's completion of one of its sample prompts."""
+
+    step: int = 0
+    """Optimizer steps of the job before the evaluation."""
+    prompt: str = ""
+    """Prompt of the job's `evaluation.samples`."""
+    answer: str = ""
+    """Text that the model generated."""
+    num_tokens: int = 0
+    """Number of tokens of the answer."""
+    is_complete: bool = False
+    """Whether the answer ended within the token limit."""
 
 
 class Jobs:
@@ -41,7 +60,7 @@ class Jobs:
         `extra_body`: raw fields of the body for a newer service; they override the arguments. Raises InvalidRequest,
         NotFound or Conflict if the service rejects the job.
         """
-        body = requests.job_body(fields, model=model, training_file=training_file, plan=plan)
+        body = job_body(fields, model=model, training_file=training_file, plan=plan)
         headers = {"idempotency-key": idempotency_key or str(uuid.uuid4())}
         return Job.of(self._transport.request("POST", _PATH, body=body, headers=headers))
 
@@ -189,6 +208,16 @@ class Jobs:
 
     def _verb(self, job_id: str, verb: str) -> Job:
         return Job.of(self._transport.request("POST", _of(job_id, verb)))
+
+
+def job_body(fields: requests.JobFields, **named: str | None) -> dict[str, Any]:
+    """Return the body of a request for a job or a plan."""
+    body: dict[str, Any] = {**named, **fields}
+    extra, method, numbers = (body.pop(name, None) for name in ("extra_body", "method", "hyperparameters"))
+    if method or numbers:
+        chosen = method or "supervised"
+        body["method"] = {"type": chosen, **({chosen: {"hyperparameters": numbers}} if numbers else {})}
+    return {name: value for name, value in body.items() if value is not None} | dict(extra or {})
 
 
 def _of(job_id: str, *rest: str) -> str:

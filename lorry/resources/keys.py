@@ -7,7 +7,7 @@ from typing import Any, Literal
 from urllib.parse import quote
 from uuid import uuid4
 
-from lorry.models.accounts import ApiKey, Project, ProjectLimit, RevokedKey
+from lorry.models import ApiKey, Project, ProjectLimit, RevokedKey
 from lorry.requests import Priority
 from lorry.resources import pages
 from lorry.transport.http import Transport

@@ -8,7 +8,7 @@ from typing import Literal
 from urllib.parse import quote
 
 from lorry.errors import LorryError, WaitTimeout
-from lorry.models.jobs import Model
+from lorry.models import Model
 from lorry.resources import pages
 from lorry.resources.polling import poll_until
 from lorry.transport.http import Transport

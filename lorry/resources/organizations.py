@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from urllib.parse import quote
 
-from lorry.models.accounts import Organization
+from lorry.models import Organization
 from lorry.resources import pages
 from lorry.transport.http import Transport
 

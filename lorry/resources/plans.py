@@ -9,8 +9,9 @@ from urllib.parse import quote
 
 from lorry import requests
 from lorry.errors import WaitTimeout
-from lorry.models.plans import Plan
+from lorry.models import Plan
 from lorry.resources import pages
+from lorry.resources.jobs import job_body
 from lorry.resources.polling import poll_until
 from lorry.transport.http import Transport
 
@@ -25,7 +26,7 @@ class Plans:
         """Create a plan from the arguments of a job, without training. It is ready immediately if the files were
         already prepared for this base model; else its status is `computing`, and `wait` waits for it. Raises
         InvalidRequest, NotFound or Conflict if the service would reject the job."""
-        body = requests.job_body(fields, model=model, training_file=training_file)
+        body = job_body(fields, model=model, training_file=training_file)
         return Plan.of(self._transport.request("POST", _PATH, body=body))
 
     def get(self, plan_id: str) -> Plan:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 from urllib.parse import quote
 
-from lorry.models.jobs import Worker
+from lorry.models import Worker
 from lorry.resources import pages
 from lorry.transport import sse
 from lorry.transport.http import Transport

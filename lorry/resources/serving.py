@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from urllib.parse import quote
 
-from lorry.models.serving import Deployment, ServingEndpoint
+from lorry.models import Deployment, ServingEndpoint
 from lorry.resources import pages
 from lorry.transport.http import Transport
 

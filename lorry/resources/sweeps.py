@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from lorry import requests
 from lorry.errors import WaitTimeout
-from lorry.models.sweeps import Sweep, Trial
+from lorry.models import Sweep, Trial
 from lorry.resources import pages
 from lorry.resources.polling import poll_until
 from lorry.transport.http import Transport

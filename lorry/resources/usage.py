@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from lorry.models.accounts import UsageBucket
+from lorry.models import UsageBucket
 from lorry.transport.http import Transport
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from urllib.parse import quote
 
-from lorry.models.webhooks import WebhookDelivery, WebhookEndpoint, WebhookTest
+from lorry.models import WebhookDelivery, WebhookEndpoint, WebhookTest
 from lorry.resources import pages
 from lorry.transport.http import Transport
 

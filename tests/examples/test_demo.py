@@ -25,7 +25,7 @@ from demo_parts import base_source, report, service, sizing, steps, training  # 
 from demo_parts.training import Outcome, problems  # noqa: E402  # pyright: ignore[reportMissingImports]
 
 from lorry import Conflict, ConnectionFailed  # noqa: E402
-from lorry.models.jobs import Adapter, Attempt, Job  # noqa: E402
+from lorry.models import Adapter, Attempt, Job  # noqa: E402
 from lorry.transport.retries import RetryPolicy  # noqa: E402
 
 CLEAN = {"agrees": True, "imported_of_lorry": []}

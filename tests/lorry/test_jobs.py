@@ -10,8 +10,8 @@ import pytest
 from lorry import Job, Lorry, WaitTimeout
 from lorry.cli.render.job_view import status
 from lorry.errors import ConnectionFailed, LorryError, NotFound, ServerFailed
-from lorry.models.jobs import JobUpdate
 from lorry.resources import follow as live
+from lorry.resources.follow import JobUpdate
 from tests.lorry.scripted_server import Reply, Script
 
 JOBS = "/v1/fine_tuning/jobs"

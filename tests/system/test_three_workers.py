@@ -22,7 +22,8 @@ import pytest
 import redis
 
 from lorry import Lorry
-from lorry.models.jobs import FINAL_STATUSES, Attempt
+from lorry.models import Attempt
+from lorry.view import FINAL_STATUSES
 from tests import tiny_base
 from tests.services.postgres import as_role, role_of
 from tests.services.redis import redis_server

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
     from lorry.client import Lorry
-    from lorry.models.jobs import Adapter, Job, Model
+    from lorry.models import Adapter, Job, Model
 
 app = group("Manage trained adapters.")
 

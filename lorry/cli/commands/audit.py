@@ -23,7 +23,7 @@ from lorry.cli.render.tables import Column, table
 from lorry.errors import InvalidRequest
 
 if TYPE_CHECKING:
-    from lorry.models.accounts import AuditEvent, AuditVerification
+    from lorry.models import AuditEvent, AuditVerification
 
 DIGEST = re.compile(r"\b([0-9a-f]{8})[0-9a-f]{56}\b")
 app = group("Query, verify and export the audit log.")

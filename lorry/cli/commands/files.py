@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
 
     from lorry.client import Lorry
-    from lorry.models.jobs import File
+    from lorry.models import File
     from lorry.resources.files import OnBytes
 
 app = group("Manage data sets and the result files of jobs.")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from lorry.client import Lorry
-    from lorry.models.jobs import Job, JobEvent, LogLine
+    from lorry.models import Job, JobEvent, LogLine
 
 app = group("Submit, inspect and control fine-tuning jobs.")
 

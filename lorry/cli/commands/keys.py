@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from lorry.client import Lorry
-    from lorry.models.accounts import ApiKey, RevokedKey
+    from lorry.models import ApiKey, RevokedKey
 
 app = group("Manage API keys.")
 SCOPES = frozenset(

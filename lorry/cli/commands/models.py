@@ -16,7 +16,7 @@ from lorry.cli.render.tables import Column, table
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lorry.models.jobs import Model
+    from lorry.models import Model
 
 app = group("Manage base models.")
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the model.")]

@@ -16,7 +16,7 @@ from lorry.cli.render.tables import Column, table
 
 if TYPE_CHECKING:
     from lorry.client import Lorry
-    from lorry.models.plans import Plan
+    from lorry.models import Plan
 
 KEPT_SECONDS = 7 * 24 * 3600
 """Files uploaded for a plan expire with the plan, unless a job reads them."""

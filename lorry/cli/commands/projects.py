@@ -17,7 +17,7 @@ from lorry.cli.render.tables import Column, table
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from lorry.models.accounts import Project, ProjectLimit
+    from lorry.models import Project, ProjectLimit
 
 app = group("Manage projects and their limits.")
 ProjectName = Annotated[

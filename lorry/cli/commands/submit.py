@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     from lorry.client import Lorry
-    from lorry.models.jobs import Job
+    from lorry.models import Job
 
 
 Made = TypeVar("Made")

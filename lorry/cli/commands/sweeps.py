@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from lorry.client import Lorry
-    from lorry.models.sweeps import Sweep
+    from lorry.models import Sweep
 
 app = group("Run and manage hyperparameter sweeps.")
 SEARCH, TRIALS, RUN = "Search", "All trials", "Sweep"

@@ -17,7 +17,7 @@ from lorry.cli.render.output import AsJson
 from lorry.cli.render.tables import Column, table
 
 if TYPE_CHECKING:
-    from lorry.models.accounts import UsageBucket, UsageResult
+    from lorry.models import UsageBucket, UsageResult
 
 
 class Grouping(StrEnum):

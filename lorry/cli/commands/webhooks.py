@@ -20,7 +20,7 @@ from lorry.cli.render.tables import Column, table
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lorry.models.webhooks import WebhookDelivery, WebhookEndpoint
+    from lorry.models import WebhookDelivery, WebhookEndpoint
 
 app = group("Manage webhook endpoints.")
 EndpointId = Annotated[

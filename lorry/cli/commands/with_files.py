@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Mapping
 
     from lorry.client import Lorry
-    from lorry.models.jobs import File
+    from lorry.models import File
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from lorry.errors import LorryError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lorry.models.jobs import Cordon, Worker
+    from lorry.models import Cordon, Worker
 
 app = group("List and manage workers.")
 WorkerId = Annotated[str, typer.Argument(metavar="WORKER", help="ID of the worker, or a unique prefix of it.")]
@@ -131,7 +131,7 @@ def _facts(worker: Worker) -> Iterator[tuple[str, object]]:
     yield "memory", output.size(worker.memory_bytes) if worker.memory_bytes else None
     yield "base model", ", ".join(worker.resident_base_names) or worker.resident_base
     yield "trainer", worker.trainer_id
-    yield "last seen", output.when(worker.last_seen_at)
+    yield "last seen", output.when(worker.last_seen_at or None)
 
 
 def _state(worker: Worker) -> str:

@@ -9,7 +9,7 @@ from lorry.cli.render import output
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from lorry.models.jobs import Efficiency
+    from lorry.models import Efficiency
 
 _COMPONENTS = ("weights", "gradients", "optimizer_state", "activations")
 

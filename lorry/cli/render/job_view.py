@@ -10,7 +10,7 @@ from lorry.cli.render import output, progress_bars
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lorry.models.jobs import Job
+    from lorry.models import Job
 
 
 def sheet(job: Job, *, why: str | None, usable_rows: int | None) -> Iterator[tuple[str, object]]:

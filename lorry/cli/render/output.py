@@ -16,7 +16,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lorry.models.jobs import View
+    from lorry.view import View
 
 _WIDTH_OF_A_PIPE = 10_000
 WAITING_SECONDS = 30.0

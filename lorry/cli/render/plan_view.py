@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lorry.cli.render import output
 
 if TYPE_CHECKING:
-    from lorry.models.plans import Estimate, Plan
+    from lorry.models import Estimate, Plan
 
 Json = dict[str, Any]
 _BAR_CELLS = 30

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from lorry.client import Lorry
-    from lorry.models.jobs import Job
+    from lorry.models import Job
 
 _BAR_CELLS = 24
 _CELLS_OF_ALL_FACTS = 106

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lorry.cli.render import output
 
 if TYPE_CHECKING:
-    from lorry.models.exports import AdapterExport
-    from lorry.models.jobs import Adapter, Model
+    from lorry.models import Adapter, AdapterExport, Model
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values of vLLM's option --max-lora-rank."""

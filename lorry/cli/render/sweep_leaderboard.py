@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from lorry.client import Lorry
-    from lorry.models.sweeps import Sweep, Trial
+    from lorry.models import Sweep, Trial
 
 POLL_SECONDS = 2.0
 FINISHED = ("succeeded", "failed", "cancelled")

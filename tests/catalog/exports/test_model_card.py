@@ -11,7 +11,7 @@ import yaml
 from catalog.exports.model_card import render, render_export
 from catalog.spec.job import JobRequest, resolve
 from lorry.cli.render.serving import loading_options
-from lorry.models.jobs import Adapter
+from lorry.models import Adapter
 from tests.catalog.registry import test_lineage
 from tests.catalog.registry.test_lineage import CANARY
 from tests.catalog.world import DESCRIPTION

@@ -18,7 +18,7 @@ from lorry.cli.render.tables import Column, table
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lorry.models.batches import Batch
+    from lorry.models import Batch
 
 app = group("Run batch inference from JSONL files, at low priority.")
 BatchId = Annotated[str, typer.Argument(metavar="BATCH", help="ID of the batch, or a unique prefix of it.")]

@@ -15,7 +15,7 @@ from lorry.errors import LorryError
 
 if TYPE_CHECKING:
     from lorry.client import Lorry
-    from lorry.models.serving import Deployment
+    from lorry.models import Deployment
 
 DEPLOY_EXAMPLES = (
     "lorry adapters deploy support --to vllm-1",

@@ -16,7 +16,7 @@ from lorry.cli.render.tables import Column, table
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from lorry.models.serving import Deployment, ServingEndpoint
+    from lorry.models import Deployment, ServingEndpoint
 
 app = group("Manage serving endpoints: inference servers that load adapters at run time.")
 Endpoint = Annotated[str, typer.Argument(metavar="ENDPOINT", help="Name or ID of the endpoint.")]

@@ -21,7 +21,7 @@ from lorry.cli.render.tables import Column, table
 
 if TYPE_CHECKING:
     from lorry.client import Lorry
-    from lorry.models.exports import AdapterExport
+    from lorry.models import AdapterExport
 
 Export = Annotated[str, typer.Argument(metavar="EXPORT", help="ID of the export.")]
 

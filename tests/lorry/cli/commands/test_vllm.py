@@ -14,8 +14,7 @@ from lorry.cli import vllm
 from lorry.cli.vllm import LocalVllm, Serve
 from lorry.client import Lorry
 from lorry.errors import LorryError, NotFound
-from lorry.models.jobs import Model
-from lorry.models.serving import ServingEndpoint
+from lorry.models import Model, ServingEndpoint
 from tests.api.serving_engines import FakeVllm, serving
 from tests.lorry.local.test_local import until
 
