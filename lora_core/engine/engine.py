@@ -56,8 +56,7 @@ from lora_core.events import Event
 from lora_core.forward.continuous_batch import ContinuousBatch, Prompt
 from lora_core.forward.generation import Generation, Prompts
 from lora_core.forward.progress_hooks import Between, calling_at_linears, silent
-from lora_core.kernels.drawing import agree_on_drawing
-from lora_core.kernels.gpu.elementwise_trial import agree_on_elementwise
+from lora_core.kernels.gpu.comparison import agree as agree_on_kernels
 from lora_core.kernels.selection import prepare_device
 from lora_core.layers.activation_checkpointing import ActivationMemory
 from lora_core.losses.preference import SliceScores
@@ -95,9 +94,8 @@ class Engine:
         self._throughput = Throughput()
         self._lanes = Lanes(config.num_lanes)
         if base.device.startswith("cuda"):
-            prepare_device(base.model.device)  # before the first trial, which Triton launches to the current device
-            agree_on_elementwise(base.model.device, ranks.gathered)
-            agree_on_drawing(base.model.device, ranks.gathered)
+            prepare_device(base.model.device)  # before the first launch, which Triton makes to the current device
+            agree_on_kernels(base.model.device, ranks.gathered)
         attachment = base.attach(batch_invariant=config.batch_invariant)
         with ranks.sharing_errors(), shortage_in_pass(is_sharded=base.is_sharded):
             invariance = measure_invariance(base, self._lanes)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from lora_core.kernels import elementwise
-from lora_core.kernels.gpu.elementwise_trial import why_not_elementwise
+from lora_core.kernels.gpu.comparison import reason_against
 from lora_core.kernels.numba_jit import array_of, runs_on
 
 
 def has_kernels(tensor: Tensor) -> bool:
-    """Return whether there are kernels for the tensor's device and dtype. On CUDA a trial decides at the first call."""
+    """Return whether there are kernels for the tensor's device and dtype. A comparison decides on CUDA."""
     if tensor.dtype not in (torch.bfloat16, torch.float32):
         return False
     return runs_on(tensor) or has_gpu_kernels(tensor)
@@ -23,7 +23,7 @@ def has_kernels(tensor: Tensor) -> bool:
 
 def has_gpu_kernels(tensor: Tensor) -> bool:
     """Return whether there are kernels for the tensor's device, which is CUDA."""
-    return on_gpu(tensor) and why_not_elementwise(tensor.device) is None
+    return on_gpu(tensor) and reason_against("elementwise", tensor.device) is None
 
 
 def on_gpu(tensor: Tensor) -> bool:

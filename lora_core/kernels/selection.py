@@ -12,14 +12,8 @@ from typing import Literal
 import torch
 
 from lora_core.kernels.batch_invariant import ExactProducts
-from lora_core.kernels.drawing import why_host_draws
-from lora_core.kernels.gpu.attention_trial import why_not_in_tiles
-from lora_core.kernels.gpu.decoding_trial import why_not_decoded
-from lora_core.kernels.gpu.elementwise_trial import why_not_elementwise
-from lora_core.kernels.gpu.trials import why_not_tiled
+from lora_core.kernels.gpu.comparison import AMPERE, reason_against
 
-AMPERE = (8, 0)
-"""Minimum compute capability for varlen attention."""
 VARLEN_DTYPES = (torch.bfloat16, torch.float16)
 VARLEN_PARAMETERS = {"window_size", "scale"}
 """Required parameters of torch's varlen_attn, which has them since torch 2.11."""
@@ -85,36 +79,37 @@ def choose_kernels(device: torch.device, dtype: torch.dtype, heads: AttentionHea
     """Return the kernels for a model of this dtype with these attention heads, None if they are not known."""
     if device.type != "cuda":
         return Kernels()
-    capability = torch.cuda.get_device_capability(device)
-    why_no_tiles, why_no_varlen = why_not_tiled(device, dtype), _why_no_varlen(capability, dtype)
-    why_eager, why_on_host = why_not_elementwise(device), why_host_draws(device)
-    size, why_no_heads, decoding_size, why_no_decoding = (None,) * 4
-    if heads is not None and not (why_no_varlen is None and heads.fits_varlen):
-        why_no_heads = why_not_in_tiles(device, dtype, size=heads.size, is_capped=heads.is_capped)
-        size = heads.size if why_no_heads is None else None
+    against_lora, against_elementwise = reason_against("lora", device, dtype), reason_against("elementwise", device)
+    against_varlen, against_attention, against_decoding = _reason_against_varlen(device, dtype), None, None
+    tiled_size = decoding_size = None
     if heads is not None:
-        why_no_decoding = why_not_decoded(device, dtype, size=heads.size, is_capped=heads.is_capped)
-        decoding_size = heads.size if why_no_decoding is None else None
-    why_slow = (
-        *(why_no_tiles, why_no_varlen if size is None else None, why_no_heads, why_no_decoding),
-        *(why_eager, why_on_host),
+        options = {"size": heads.size, "is_capped": heads.is_capped}
+        against_decoding = reason_against("decoding", device, dtype, **options)
+        decoding_size = heads.size if against_decoding is None else None
+        if against_varlen is not None or not heads.fits_varlen:
+            against_attention = reason_against("attention", device, dtype, **options)
+            tiled_size = heads.size if against_attention is None else None
+    reasons = (
+        *(against_lora, against_varlen if tiled_size is None else None, against_attention, against_decoding),
+        against_elementwise,
     )
     return Kernels(
-        lora="tiled" if why_no_tiles is None else "loop",
-        attention="varlen" if why_no_varlen is None else "sequences",
-        tiled_head_size=size,
+        lora="tiled" if against_lora is None else "loop",
+        attention="varlen" if against_varlen is None else "sequences",
+        tiled_head_size=tiled_size,
         decoding_head_size=decoding_size,
-        elementwise="compiled" if why_eager is None else "eager",
-        reasons=tuple(filter(None, why_slow)),
+        elementwise="compiled" if against_elementwise is None else "eager",
+        reasons=tuple(filter(None, reasons)),
     )
 
 
-def _why_no_varlen(capability: tuple[int, int], dtype: torch.dtype) -> str | None:
-    attention = "attention runs sequence by sequence"
+def _reason_against_varlen(device: torch.device, dtype: torch.dtype) -> str | None:
+    attention, capability = "attention runs sequence by sequence", torch.cuda.get_device_capability(device)
     if dtype not in VARLEN_DTYPES:
         return f"{attention}: the varlen kernel needs bfloat16, but the base model has {dtype}"
     if capability < AMPERE:
-        return f"{attention}: the varlen kernel needs compute capability 8.0, not {_formatted(capability)}"
+        major, minor = capability
+        return f"{attention}: the varlen kernel needs compute capability 8.0, not {major}.{minor}"
     if not varlen_parameters() >= VARLEN_PARAMETERS:
         return f"{attention}: the varlen kernel needs torch 2.11, not {torch.__version__}"
     return None
@@ -127,7 +122,3 @@ def varlen_parameters() -> frozenset[str]:
     except ImportError:
         return frozenset()
     return frozenset(inspect.signature(varlen_attn).parameters)
-
-
-def _formatted(capability: tuple[int, int]) -> str:
-    return f"{capability[0]}.{capability[1]}"

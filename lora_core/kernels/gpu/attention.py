@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lora_core.kernels.gpu.attention_trial import VisibleKeys
+from lora_core.kernels.gpu.visible_keys import VisibleKeys
 
 PRECISION = tl.constexpr("tf32x3")
 """Precision of fp32 products: three products on tensor cores, of the leading and of the remaining bits."""

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lora_core.kernels.gpu.attention import PRECISION, SMALLEST, scored
-from lora_core.kernels.gpu.attention_trial import VisibleKeys
+from lora_core.kernels.gpu.visible_keys import VisibleKeys
 
 TILES = {
     (2, 32): (64, 4, 3),

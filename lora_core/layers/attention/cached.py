@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lora_core.kernels import generation
-from lora_core.kernels.gpu.attention_trial import VisibleKeys
+from lora_core.kernels.gpu.visible_keys import VisibleKeys
 from lora_core.kernels.numba_jit import array_of, runs_on
 from lora_core.layers.attention import tiled_gpu
 from lora_core.layers.attention.dense_cpu import UNLIMITED

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lora_core.kernels.gpu.attention_trial import TILED_HEADS, VisibleKeys
+from lora_core.kernels.gpu.visible_keys import TILED_HEADS, VisibleKeys
 from lora_core.layers.attention.dense_cpu import UNLIMITED
 from lora_core.packing.packed_batch import PackedBatch
 

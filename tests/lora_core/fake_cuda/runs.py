@@ -210,11 +210,10 @@ def fake_device(elementwise: str = "compiled") -> Iterator[DeviceObserver]:
     patches: dict[str, Any] = {
         "lora_core.engine.engine.measure_invariance": lambda *_: "allclose",
         "lora_core.kernels.accumulation.adds_in_float32": lambda *_: True,
-        "lora_core.kernels.gpu.elementwise_trial.why_trial_failed": lambda _device: reason,
+        "lora_core.kernels.gpu.comparison.compare": lambda family, *_: reason if family == "elementwise" else None,
         **{f"lora_core.layers.{name}.same_numbers": _is_same for name in ("residual_block", "swiglu")},
         "lora_core.layers.rms_norm._agrees": _norm_agrees,
         "lora_core.layers.rotary._agrees": _is_same,
-        "lora_core.kernels.gpu.random_numbers_trial.why_not_drawn": lambda _device: None,
         "lora_core.packing.kv_cache.address_of": lambda _tensor: 1 << 20,
         "lora_core.layers.tiled_lora.addresses_of": lambda _adapter, layout: layout.offsets,
         "torch.Tensor.backward": _observed_backward(observer),

@@ -25,8 +25,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from lora_core.kernels.gpu import attention, decoding, elementwise, optimizer, random_numbers, segmented_lora
-from lora_core.kernels.gpu.attention_trial import TILED_HEADS
 from lora_core.kernels.gpu.tables import MOST_SIBLINGS, WIDTHS, TileClass
+from lora_core.kernels.gpu.visible_keys import TILED_HEADS
 
 CUOBJDUMP = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")

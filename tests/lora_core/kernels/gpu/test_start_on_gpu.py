@@ -11,7 +11,7 @@ import torch
 
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
-from lora_core.kernels.gpu import elementwise_trial
+from lora_core.kernels.gpu import comparison
 
 SECOND = torch.device("cuda:1")
 
@@ -30,18 +30,18 @@ def second_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     found: list[str] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: found.append(f"current device {device}"))
-    monkeypatch.setattr(elementwise_trial, "why_trial_failed", lambda device: found.append(f"trial on {device}"))
+    monkeypatch.setattr(comparison, "compare", lambda _family, device, *_: found.append(f"comparison on {device}"))
     monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", lambda _: None)
     reduced = torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     yield found
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = reduced
 
 
-def test_trial_runs_after_its_device_has_become_the_current_one(second_gpu: list[str]) -> None:
+def test_comparison_runs_after_its_device_has_become_the_current_one(second_gpu: list[str]) -> None:
     """Triton launches to the current device, which is the first one until another is chosen."""
     base: Any = SimpleNamespace(is_sharded=False, device="cuda:1", model=SimpleNamespace(device=SECOND), attach=attach)
 
     with pytest.raises(Attached):
         Engine(base, EngineConfig())
 
-    assert second_gpu == ["current device cuda:1", "trial on cuda:1"]
+    assert second_gpu == ["current device cuda:1", *["comparison on cuda:1"] * 2]

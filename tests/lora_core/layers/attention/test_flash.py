@@ -164,8 +164,7 @@ def test_gpu_uses_the_varlen_kernel_or_reports_a_reason(
     reason: str | None,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(selection, "why_not_elementwise", lambda device: None)
-    monkeypatch.setattr(selection, "why_not_tiled", lambda device, dtype: None)
+    monkeypatch.setattr(selection, "reason_against", lambda *_, **__: None)
     if not torch_has_it:
         monkeypatch.setattr(selection, "VARLEN_PARAMETERS", {"a parameter of a later torch"})
 

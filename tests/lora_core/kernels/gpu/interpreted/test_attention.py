@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lora_core.kernels.gpu import attention
-from lora_core.kernels.gpu.attention_trial import ALL, VisibleKeys, reference, why_attention_differs
+from lora_core.kernels.gpu.comparison import attended
+from lora_core.kernels.gpu.visible_keys import VisibleKeys
 from lora_core.kernels.selection import Kernels
+from lora_core.layers.attention.dense_cpu import UNLIMITED as ALL
 from lora_core.layers.attention.packed import packed_attention
 from lora_core.packing.packed_batch import running
 from tests.lora_core.layers.attention.test_flash import pack_of
@@ -55,7 +57,8 @@ def error(found: Tensor, expected: Tensor) -> float:
 def test_tiles_equal_eager_attention_in_float64(size: int, visible: VisibleKeys) -> None:
     inputs = numbers(size)
     leaves = [part.double().requires_grad_() for part in inputs[:3]]
-    expected_THE = reference(leaves, LENGTHS, visible)
+    sequences = zip(*(leaf.split(LENGTHS, dim=1) for leaf in leaves), strict=True)
+    expected_THE = torch.cat([attended(q, k, v, visible) for q, k, v in sequences])
     gradients = torch.autograd.grad(expected_THE, leaves, inputs[3].transpose(0, 1).double())
 
     found = computed(inputs, LENGTHS, visible)
@@ -110,29 +113,3 @@ def test_sequence_of_nan_and_infinity_changes_no_bit_of_others() -> None:
     assert all(bool(part[ruined].isnan().any()) for part in found)
     for rows in (slice(0, 6), slice(96, None)):
         assert all(torch.equal(part[rows], other[rows]) for part, other in zip(found, healthy, strict=True))
-
-
-@pytest.mark.parametrize("is_capped", [False, True])
-def test_trial_accepts_kernels_that_agree(is_capped: bool) -> None:
-    assert why_attention_differs(torch.device("cpu"), torch.float32, size=24, is_capped=is_capped) is None
-
-
-@pytest.mark.parametrize(
-    ("index", "result"), [(0, "the gradient of queries"), (1, "the gradient of keys"), (2, "the gradient of values")]
-)
-def test_trial_rejects_a_kernel_that_differs_by_the_name_of_its_result(
-    monkeypatch: pytest.MonkeyPatch, index: int, result: str
-) -> None:
-    original = attention.attend_backward
-
-    def ruined(*arguments: Any) -> tuple[Tensor, ...]:
-        made = original(*arguments)
-        made[index].mul_(1.01)
-        return made
-
-    monkeypatch.setattr(attention, "attend_backward", ruined)
-
-    reason = why_attention_differs.__wrapped__(torch.device("cpu"), torch.float32, size=16, is_capped=True)
-
-    assert reason is not None
-    assert reason.startswith(f"attention runs sequence by sequence: {result} of the Triton kernels differs")

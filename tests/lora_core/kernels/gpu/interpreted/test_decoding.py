@@ -15,8 +15,6 @@ from lora_core.base_model.patching import Attachment
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.forward.generation import Prompts
-from lora_core.kernels.gpu import decoding
-from lora_core.kernels.gpu.decoding_trial import why_decoding_differs
 from lora_core.kernels.selection import Kernels
 from lora_core.layers.attention.cached import attend_last, attend_newest
 from lora_core.packing.kv_cache import SequenceCache
@@ -25,7 +23,6 @@ from tests.lora_core.kernels.gpu.launches import recorded
 from tests.lora_core.layers.attention.test_flash import pack_of
 from tests.lora_core.scenarios import admit, submissions
 
-CPU = torch.device("cpu")
 LENGTHS = (1, 5, 16, 17, 300)
 """Tokens in the cache of each answer: one has several tiles."""
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -172,34 +169,3 @@ def test_engine_that_decodes_with_the_kernel_gives_the_same_answers(
 
     assert answers[0] == answers[1]
     assert len(launches) == 5 * base.model.config.num_hidden_layers, "of each pass that adds a token to an answer"
-
-
-@pytest.mark.parametrize("is_capped", [False, True])
-def test_trial_accepts_a_kernel_that_agrees(is_capped: bool) -> None:
-    assert why_decoding_differs.__wrapped__(CPU, torch.float32, size=24, is_capped=is_capped) is None
-
-
-@pytest.mark.parametrize(
-    ("factor", "word", "change", "result"),
-    [
-        (1.01, 0, 0, "attention to 2 tokens of the Triton kernel differs"),
-        (1.0, 3, -1, "differs"),  # a token too early
-        (1.0, 2, 1, "differs"),  # another capacity
-    ],
-)
-def test_trial_rejects_a_kernel_that_differs(
-    monkeypatch: pytest.MonkeyPatch, factor: float, word: int, change: int, result: str
-) -> None:
-    original = decoding.attend_newest
-
-    def ruined(heads: Any, table_n4: Tensor, visible: Any) -> Tensor:
-        table_n4[:, word] += change
-        return original(heads, table_n4, visible) * factor
-
-    monkeypatch.setattr(decoding, "attend_newest", ruined)
-
-    reason = why_decoding_differs.__wrapped__(CPU, torch.float32, size=16, is_capped=True)
-
-    assert reason is not None
-    assert reason.startswith("attention of generated tokens runs answer by answer: ")
-    assert result in reason

@@ -16,7 +16,7 @@ from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.kernels import elementwise as on_cpu
 from lora_core.kernels.gpu import elementwise as on_cuda
-from lora_core.kernels.gpu.elementwise_trial import why_trial_failed
+from lora_core.kernels.gpu.comparison import reason_against
 from lora_core.kernels.numba_jit import array_of
 from tests.lora_core.kernels.gpu.packs import numbers
 from tests.lora_core.scenarios import config, dataset
@@ -109,17 +109,6 @@ def test_rows_do_not_depend_on_other_rows() -> None:
     assert torch.equal(alone, together)
 
 
-def test_trial_accepts_the_kernels_and_names_the_one_that_differs(monkeypatch: pytest.MonkeyPatch) -> None:
-    trial, cpu = why_trial_failed.__wrapped__, torch.device("cpu")
-
-    assert trial(cpu) is None
-
-    monkeypatch.setattr(on_cuda, "logit_gradient", lambda *_: None)
-    reason = trial(cpu)
-    assert reason is not None
-    assert "the gradient of cross-entropy of the Triton kernels differs" in reason
-
-
 def test_model_with_these_kernels_trains_like_one_on_a_cpu(
     monkeypatch: pytest.MonkeyPatch, load: Callable[..., BaseModel]
 ) -> None:
@@ -141,7 +130,7 @@ def test_recomputed_inputs_give_the_bits_of_kept_ones(
 ) -> None:
     monkeypatch.setattr("lora_core.engine.engine.measure_invariance", lambda base, lanes: "allclose")
     monkeypatch.setattr("lora_core.kernels.on_device.on_gpu", lambda tensor: True)
-    why_trial_failed(torch.device("cpu"))  # its trial runs kernels, once
+    reason_against("elementwise", torch.device("cpu"))  # it runs kernels, once
     ran = counted(monkeypatch, "swiglu", "rms_norm_with_rate")
     recomputed = trained(load("llama"), checkpoint)
     recomputing = dict(ran)

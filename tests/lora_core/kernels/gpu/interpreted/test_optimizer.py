@@ -54,9 +54,7 @@ DUE = [
 def step_of(
     adapter: FlatAdapter, config: OptimizerConfig, *, step: int, learning_rate: float, norm: float
 ) -> AdamwStep:
-    made = joint_step_of(adapter, config, step=step, learning_rate=learning_rate, norm=norm)
-    assert isinstance(made, AdamwStep)
-    return made
+    return joint_step_of(adapter, config, step=step, learning_rate=learning_rate, norm=norm)
 
 
 def stepped(due: list[Due], adapters: list[FlatAdapter]) -> list[FlatAdapter]:

@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from lora_core.kernels.gpu.random_numbers import COLUMNS, ROWS, WORDS, draw_mask, draw_within
-from lora_core.kernels.gpu.random_numbers_trial import why_not_drawn
 from lora_core.packing.packed_batch import DropoutKey
 from lora_core.runtime.counter_rng import philox_key, uniform_within
 from tests.lora_core.kernels.gpu.packs import Member, computed
 
-CPU = torch.device("cpu")
 PACK = [
     Member(seed=10, num_tokens=5, rank=8, dropout=0.1),
     Member(seed=20, num_tokens=33, rank=4, dropout=0.5, dora=True),
@@ -83,32 +81,3 @@ def test_lora_by_segment_gives_the_same_bits_forward_and_backward(monkeypatch: p
 
     assert num_drawn == 3
     assert all(found.equals(expected) for found, expected in zip(by_kernel, by_host, strict=True))
-
-
-def test_trial_accepts_the_kernels() -> None:
-    assert why_not_drawn.__wrapped__(CPU) is None
-
-
-def test_trial_names_a_wrong_mask(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "lora_core.kernels.gpu.random_numbers.draw_mask",
-        lambda key, threshold, like: draw_mask(key, threshold // 2, like),
-    )
-
-    reason = why_not_drawn.__wrapped__(CPU)
-
-    assert reason is not None
-    assert "the masks of the Triton kernel differ" in reason
-
-
-def test_trial_names_a_number_that_differs_in_its_last_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rounded_twice(key: np.ndarray, bounds_M: Tensor, num_columns: int) -> Tensor:
-        """Multiply in fp32, as a kernel without fp64 would."""
-        return draw_within(key, torch.ones_like(bounds_M), num_columns) * bounds_M.float()[:, None]
-
-    monkeypatch.setattr("lora_core.kernels.gpu.random_numbers.draw_within", rounded_twice)
-
-    reason = why_not_drawn.__wrapped__(CPU)
-
-    assert reason is not None
-    assert "the uniform numbers of the Triton kernel differ" in reason

@@ -17,6 +17,17 @@ PACK = [
 ]
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("ranks", [(16, 8), (12, 4), (24, 32), (20, 28), (40, 64), (36, 60), (72, 128), (100, 68)])
+def test_segments_of_any_class_give_the_results_of_the_loop(ranks: tuple[int, int], dropout: float) -> None:
+    """The class is the width of h, whether rows of B are aligned, and whether there is dropout."""
+    lengths = (7, 73)
+    pack = [Member(seed=r, num_tokens=n, rank=r, dropout=dropout) for n, r in zip(lengths, ranks, strict=True)]
+
+    for found, expected in zip(computed("tiled", pack), computed("loop", pack), strict=True):
+        assert found.error(expected) < 2e-6
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_tiled_segments_give_the_output_and_gradients_of_the_loop(fused: bool) -> None:
     pack = [member for member in PACK if fused or not member.dora]

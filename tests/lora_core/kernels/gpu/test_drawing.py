@@ -1,4 +1,4 @@
-"""A GPU draws its random numbers if the kernels pass the trial. Otherwise the reason is reported, or a fault raised.
+"""A GPU draws its random numbers unless there is a reason against its kernels.
 
 Triton is replaced here. tests/lora_core/kernels/gpu/interpreted/test_random_numbers.py tests the kernels.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +17,6 @@ from torch import Tensor
 from lora_core.adapter.initialization import DRAWING_WORK, initial_a, start_work
 from lora_core.config import LoraConfig
 from lora_core.kernels import drawing
-from lora_core.kernels.gpu import random_numbers_trial
-from lora_core.kernels.gpu.random_numbers_trial import why_not_drawn
 from lora_core.packing.packed_batch import DropoutKey, NoiseKey
 from lora_core.runtime.counter_rng import philox_key
 
@@ -27,52 +25,10 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda:0")
 KEY = DropoutKey(probability=0.25, seed=1, step=2, slice_index=3)
 
 
-class CompilationError(Exception):
-    """Like Triton's, which has no base class but Exception."""
-
-
-def fails(*_: object) -> NoReturn:
-    raise CompilationError("at 1:2\nmore")
-
-
 def with_kernels(monkeypatch: pytest.MonkeyPatch, kernel: Any) -> None:
     module = ModuleType(MODULE)
     vars(module).update(draw_mask=kernel, draw_within=kernel)
     monkeypatch.setitem(sys.modules, MODULE, module)
-
-
-def test_machine_without_triton_reports_that(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "triton", None)
-    monkeypatch.delitem(sys.modules, MODULE, raising=False)
-
-    reason = why_not_drawn.__wrapped__(CPU)
-
-    assert reason is not None
-    assert "the host draws initial weights and noise" in reason
-    assert "Triton is not installed" in reason
-
-
-def test_kernel_that_does_not_compile_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_kernels(monkeypatch, fails)
-
-    reason = why_not_drawn.__wrapped__(CPU)
-
-    assert reason is not None
-    assert reason.endswith("a Triton kernel failed (at 1:2)")
-
-
-def test_fault_of_the_device_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
-    def faulty(device: torch.device) -> NoReturn:
-        raise torch.AcceleratorError(f"misaligned address on {device}", 716)
-
-    with_kernels(monkeypatch, fails)
-    monkeypatch.setattr(
-        "lora_core.kernels.gpu.random_numbers_trial.upload", lambda arrays, _device: [torch.empty(3)] * 3
-    )
-    monkeypatch.setattr(torch.cuda, "synchronize", faulty)
-
-    with pytest.raises(torch.AcceleratorError, match="misaligned address on cuda:0"):
-        why_not_drawn.__wrapped__(CUDA)
 
 
 class OnCuda:
@@ -88,7 +44,7 @@ class OnCuda:
 def reason(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str | None:
     """Why the device does not draw. Uploads stay on the host."""
     why = {CUDA: request.param}
-    monkeypatch.setattr(random_numbers_trial, "why_not_drawn", lambda device: why.get(device, "another device"))
+    monkeypatch.setattr(drawing, "reason_against", lambda _family, device: why.get(device, "another device"))
     monkeypatch.setattr(drawing, "upload", lambda arrays, _device: [torch.from_numpy(array) for array in arrays])
     return request.param
 
@@ -160,13 +116,3 @@ def test_initialization_drawn_by_the_device_delays_no_tick(reason: str | None, k
     work = start_work(lora, "q_proj", (4096, 4096), CUDA)
 
     assert work == 16 * 4096 * (1 if reason is None and kind == "default" else DRAWING_WORK)
-
-
-def test_shortage_of_memory_says_nothing_about_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    def runs_out(*_: object) -> NoReturn:
-        raise RuntimeError("Triton Error [CUDA]: out of memory")
-
-    with_kernels(monkeypatch, runs_out)
-
-    with pytest.raises(RuntimeError, match="out of memory"):
-        why_not_drawn.__wrapped__(CPU)
