@@ -1,15 +1,24 @@
 # pyright: basic
-"""Tests batch invariance at start: does a job's gradient depend on its packmates on this machine?
+"""Tests at start whether a base model can be packed on this machine, and whether packmates change bits.
 
-Bitwise equality depends on kernels, sizes and thread counts, so it is measured on the real base model. A model whose
-gradients aren't even close does not keep packed sequences apart, and is rejected. The test packs are small. For larger
-ticks, batch_invariant.py checks each matmul at each number of rows.
+Results depend on kernels, sizes and thread counts, so both tests run on the real base model:
+
+1. `refuse_mixing`. The logits of packed sequences must equal those of transformers, and not depend on later tokens. A
+   model that fails does not keep the sequences of a pack apart, and is rejected.
+2. `measure_invariance`. Three synthetic jobs train alone, together, and together in the opposite order. Gradients that
+   are equal bit for bit give the level `bitwise`, and close ones `allclose`. A model with other gradients is rejected.
+
+The packs have at most 112 rows. Larger ticks are covered because batch_invariant.py tries each matmul at each number of
+rows. Without it, such as on a GPU, a matmul may use another order of summation at any larger number of rows. With
+several threads per lane, an element-wise kernel may split a tensor among them by its size. The level is `allclose` in
+both cases, even if these packs are equal.
 """
 
 import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Literal
 
 import numpy as np
@@ -43,18 +52,22 @@ GRADED = ObjectiveConfig(kind="classification", num_labels=NUM_PLACEHOLDER_CLASS
 
 
 def measure_invariance(base: BaseModel, lanes: Lanes) -> Invariance:
-    """Train three synthetic jobs alone and packed in two orders, in lanes as in real ticks, and compare the gradients.
-
-    Returns "allclose" at best without batch-invariant matmuls, such as on any GPU: the largest pack has 112 rows, and a
-    matmul may use another summation order at any larger number of rows. The same holds for several threads per lane,
-    because an element-wise kernel may split a tensor among threads by its size. Raises UnsupportedModel.
-    """
+    """Return the level of `base`, whose packs are computed in lanes as in real ticks. Raises UnsupportedModel."""
     refuse_mixing(base)
-    orders = ((0,), (1,), (2,), (0, 1, 2), (2, 1, 0))
-    found = _train_each(base, orders, lanes)
-    alone = [found[order][0] for order in orders[:3]]
+    packs = ((0,), (1,), (2,), (0, 1, 2), (2, 1, 0))
+
+    def compute(numbers: list[int]) -> list[tuple[int, list[torch.Tensor]]]:
+        """Return the number and the gradients of each pack. Every pack has adapters of its own."""
+        return [
+            (number, _gradients(base, [_synthetic_slice(base, job) for job in packs[number]])) for number in numbers
+        ]
+
+    parts = split([sum(sum(LENGTHS[job]) for job in pack) for pack in packs], num_lanes=lanes.count)
+    found = dict(chain.from_iterable(lanes.run(compute, parts)))
     pairs = [
-        (alone[index], gradient) for order in orders[3:] for index, gradient in zip(order, found[order], strict=True)
+        (found[job][0], gradient)
+        for number in (3, 4)
+        for job, gradient in zip(packs[number], found[number], strict=True)
     ]
     is_exact = base.kernels.batch_invariant is not None and torch.get_num_threads() == 1
     if is_exact and all(torch.equal(one, other) for one, other in pairs):
@@ -75,21 +88,6 @@ def _difference(one: torch.Tensor, other: torch.Tensor) -> float:
         for a, b in parts
     ]
     return max(math.inf if math.isnan(part) else part for part in found)
-
-
-def _train_each(
-    base: BaseModel, orders: tuple[tuple[int, ...], ...], lanes: Lanes
-) -> dict[tuple[int, ...], list[torch.Tensor]]:
-    """Return the gradients of the jobs in each pack, in order. Every pack has adapters of its own."""
-    sizes = [sum(sum(LENGTHS[index]) for index in order) for order in orders]
-
-    def compute(lane: list[int]) -> list[list[torch.Tensor]]:
-        packs = [orders[number] for number in lane]
-        return [_gradients(base, [_synthetic_slice(base, index) for index in order]) for order in packs]
-
-    parts = split(sizes, num_lanes=lanes.count)
-    found = zip(parts, lanes.run(compute, parts), strict=True)
-    return {orders[number]: gradients for lane, done in found for number, gradients in zip(lane, done, strict=True)}
 
 
 def representative_linears(attachment: Attachment) -> dict[str, nn.Module]:

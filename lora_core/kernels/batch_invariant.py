@@ -1,13 +1,28 @@
 # pyright: basic
 """Batch-invariant matmuls on a CPU: a row has the same bits whatever the number of rows.
 
-With AMX the summation order of a kernel depends on the number of rows. At a fixed number of rows, each row has the same
-bits at every position. The reference result is therefore that of blocks of ROW_BLOCK rows, the last padded with zeros.
-A number of rows that passes a trial is computed at once, others in pieces that do. A piece is computed by several cores
-if that passes a trial too. Letters: T rows, K summed, N columns.
+A row of x M is a sum over K products. A kernel chooses the order of that sum by the shapes and strides of the matmul.
+So the bits of a row depend on how many other rows there are: below 16 rows always, with AMX at many numbers of rows. At
+a fixed number of rows, each row has the same bits at every position, whatever the other rows contain. Jobs train
+together, and their rows come and go. So:
+
+- **Definition.** The result of a matmul is that of blocks of ROW_BLOCK rows, the last one padded with zeros. It does
+  not depend on company, but is slow: a single row takes a whole block, and 1,024 rows in blocks take 1.4 to 2.2 times
+  as long as in one matmul.
+- **Trial** (`Product.matches_blocks`). A number of rows other than a block is used if it gives the bits of blocks. That
+  is tried once for each matmul, with synthetic numbers. Each row of x contains numbers and their negatives in another
+  order, and all elements of M are equal. The exact sum is 0, so the output consists of rounding errors, which differ
+  in nearly every element between two orders of summation. The blocks get the rows in reverse order, so that the trial
+  also compares positions.
+- **Pieces** (`ExactProducts.pieces`). If all rows at once fail the trial, they are divided into pieces that pass. The
+  last piece may exceed the rows that are left. It is padded.
+- **Cores.** A lane has one core (runtime/cpu_lanes.py). If there are fewer parts than cores, a matmul uses several of
+  them, after another trial with that number of threads.
+
+docs/internals/equivalence-proof.md proves from this that an adapter has the same bits in any company.
+Letters: T rows, K summed, N columns.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,20 +37,17 @@ from torch import Tensor
 from lora_core.runtime.cpu_lanes import num_cores
 
 ROW_BLOCK = 256
-WIDTHS = (1024, 512)
-"""Row counts of pieces that are tried before blocks. For 1,024 rows, blocks took 1.4 to 2.2 times as long as one
-matmul."""
+WIDE_ROWS = (1024, 512)
+"""Numbers of rows of pieces that are tried before blocks."""
 FILLED_ROWS = (64, 128)
-"""Row counts to which smaller ones are padded if the bits match. 64 rows take a quarter to a half of a block's time."""
+"""Numbers of rows to which fewer are padded before they are padded to a block. 64 rows take a quarter to a half of its
+time."""
 FEWEST_ROWS = 16
-"""Smaller row counts are always padded: most kernels sum them in another order, and a trial of few rows may miss it."""
+"""Fewer rows are always padded: most kernels sum them in another order, and a trial of few rows may miss it."""
 LARGE = 1 << 24
-"""Matrix elements above which at most ROW_BLOCK rows are tried. A trial takes 1.3 to 6 times a block's time. For
-smaller row counts, of which there are 15, it pays off within a tick or two. For larger ones, which may have any value,
-a single matmul saves at most a third of the time of blocks, or nothing without AMX."""
-UNTRIED_TIMES = 8
-"""Calls with a matrix above LARGE and the same row count before its trial. The start-up self-test calls a head three to
-six times with each row count, too few for a trial to pay off. The time of a trial does not affect the bits."""
+"""Matrix elements above which at most ROW_BLOCK rows are tried. A trial takes 1.3 to 6 times a block's time. For the
+numbers of rows below a block, of which there are 15 in a pack, it pays off within a tick or two. Above it they may have
+any value, and a single matmul saves at most a third of the time of blocks, or nothing without AMX."""
 MOST_BYTES = 1 << 29
 """Maximum size of a matrix that is tried, because a trial allocates another one, which no memory estimate includes.
 Only heads are larger, in bf16 those with 128,256 tokens and at least 2,100 features."""
@@ -72,12 +84,8 @@ class Product:
         else:
             torch.addmm(bias_N, x_TK, matrix_KN, out=y_TN)
 
-    def matches_blocks(self, num_rows: int, row_block: int, *, num_threads: int = 1) -> bool:
-        """Return whether a single matmul by that number of threads has the bits of blocks by one thread.
-
-        Each row sums numbers and their negatives, so the result consists only of rounding errors, which depend on the
-        order of summation.
-        """
+    def matches_blocks(self, num_rows: int, row_block: int, num_threads: int) -> bool:
+        """Return whether a single matmul by that number of threads has the bits of blocks by the threads of a lane."""
         num_summed, num_columns = self.shape
         x_TK, y_TN = _canceling(num_rows, num_summed, self.dtype), _numbers(num_rows, num_columns, self.dtype)
         span = 1 + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
@@ -108,14 +116,13 @@ class Product:
 
 
 class ExactProducts:
-    """Records which row counts give the bits of blocks. Shared by all lanes."""
+    """Divides matmuls into pieces that have the bits of blocks. Remembers the trials. Shared by all lanes."""
 
     def __init__(self, row_block: int = ROW_BLOCK) -> None:
         self.row_block = row_block
-        self._is_exact: dict[tuple[Product, int, int], bool] = {}
         self._pieces: dict[tuple[tuple[Product, ...], int, int], tuple[int, ...]] = {}
-        self._is_shared: dict[tuple[Product, int, int], bool] = {}
-        self._num_calls: Counter[tuple[tuple[Product, ...], int, int]] = Counter()
+        self._trials: dict[tuple[Product, int, int], bool] = {}
+        """The outcome by matmul, number of rows and number of threads."""
         self._trial_lock = Lock()  # one trial at a time, because each allocates a matrix
 
     def run(
@@ -134,82 +141,56 @@ class ExactProducts:
     def pieces(self, products: tuple[Product, ...], num_rows: int) -> tuple[int, ...]:
         """Return row counts for which all `products` give the bits of blocks. The last may exceed the rows left."""
         call = (products, num_rows, torch.get_num_threads())
-        if call not in self._pieces and any(product.num_numbers > LARGE for product in products):
-            self._num_calls[call] += 1
-            if self._num_calls[call] <= UNTRIED_TIMES:
-                return (self.row_block,) * -(-num_rows // self.row_block)
-        return self._pieces_tried(products, num_rows)
-
-    def _pieces_tried(self, products: tuple[Product, ...], num_rows: int) -> tuple[int, ...]:
-        call = (products, num_rows, torch.get_num_threads())
         found = self._pieces.get(call)
         if found is None:
             found = self._pieces[call] = self._divided(products, num_rows)
         return found
 
     def _divided(self, products: tuple[Product, ...], num_rows: int) -> tuple[int, ...]:
-        """Return as many pieces of the first suitable width as fit. The remaining rows are split recursively."""
-        if num_rows == 0:
-            return ()
-        width = next(
-            width
-            for width in self._widths(num_rows)
-            if all(self._is_batch_invariant(product, width) for product in products)
-        )
-        whole, rest = divmod(num_rows, width)
-        return (width,) * whole + self._pieces_tried(products, rest) if whole else (width,)
-
-    def _widths(self, num_rows: int) -> tuple[int, ...]:
-        """Return candidate widths of pieces, the fastest first. The last one is a block, which is always valid."""
-        if num_rows > self.row_block:
-            narrower = tuple(width for width in WIDTHS if self.row_block < width < num_rows)
-        else:
-            narrower = tuple(width for width in FILLED_ROWS if num_rows < width < self.row_block)
-        return (num_rows, *narrower, self.row_block)
-
-    def _is_batch_invariant(self, product: Product, num_rows: int) -> bool:
-        if num_rows == self.row_block or not self._can_be_tried(product, num_rows):
-            return num_rows == self.row_block
-        call = (product, num_rows, torch.get_num_threads())
-        with self._trial_lock:
-            if call not in self._is_exact:
-                self._is_exact[call] = product.matches_blocks(num_rows, self.row_block)
-            return self._is_exact[call]
+        """Take as many pieces as possible of the fastest width that has the bits of blocks. Repeat for the rest."""
+        pieces: list[int] = []
+        num_threads = torch.get_num_threads()
+        while (left := num_rows - sum(pieces)) > 0:
+            if left > self.row_block:
+                others = [width for width in WIDE_ROWS if self.row_block < width < left]
+            else:
+                others = [width for width in FILLED_ROWS if left < width < self.row_block]
+            width = next(
+                width
+                for width in (left, *others, self.row_block)
+                if all(self._matches_blocks(product, width, num_threads) for product in products)
+            )
+            pieces += [width] * max(1, left // width)
+        return tuple(pieces)
 
     def _num_threads(self, product: Product, pieces: tuple[int, ...]) -> int:
         """Return the number of threads for these pieces: all cores of the caller if the bits stay the same."""
-        wanted = num_cores()
-        if wanted == 1 or torch.get_num_threads() > 1 or min(pieces, default=0) * product.num_numbers < FEWEST_PRODUCTS:
-            return 1
-        return wanted if all(self._can_be_shared(product, rows, wanted) for rows in set(pieces)) else 1
+        own, wanted = torch.get_num_threads(), num_cores()
+        if wanted == 1 or own > 1 or min(pieces, default=0) * product.num_numbers < FEWEST_PRODUCTS:
+            return own
+        return wanted if all(self._matches_blocks(product, rows, wanted) for rows in set(pieces)) else own
 
-    def _can_be_shared(self, product: Product, num_rows: int, num_threads: int) -> bool:
+    def _matches_blocks(self, product: Product, num_rows: int, num_threads: int) -> bool:
+        """Return the outcome of the trial, which is made at the first call. Without a trial, only blocks match."""
+        if num_rows == self.row_block and num_threads == torch.get_num_threads():
+            return True
+        is_too_large = product.num_numbers * product.dtype.itemsize > MOST_BYTES
+        if num_rows < FEWEST_ROWS or is_too_large or (product.num_numbers > LARGE and num_rows > self.row_block):
+            return False
         call = (product, num_rows, num_threads)
-        if call not in self._is_shared and product.num_numbers > LARGE:
-            self._num_calls[(product,), num_rows, num_threads] += 1
-            if self._num_calls[(product,), num_rows, num_threads] <= UNTRIED_TIMES:
-                return False
         with self._trial_lock:
-            if call not in self._is_shared:
-                is_small_enough = num_rows == self.row_block or self._can_be_tried(product, num_rows)
-                self._is_shared[call] = is_small_enough and product.matches_blocks(
-                    num_rows, self.row_block, num_threads=num_threads
-                )
-            return self._is_shared[call]
-
-    def _can_be_tried(self, product: Product, num_rows: int) -> bool:
-        is_large = product.num_numbers > LARGE
-        has_room = product.num_numbers * product.dtype.itemsize <= MOST_BYTES
-        return num_rows >= FEWEST_ROWS and has_room and not (is_large and num_rows > self.row_block)
+            if call not in self._trials:
+                self._trials[call] = product.matches_blocks(num_rows, self.row_block, num_threads)
+            return self._trials[call]
 
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
     """Let torch use `count` threads in operations of the calling thread."""
-    if count == 1:
+    before = torch.get_num_threads()
+    if count == before:
         yield
         return
-    before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
         yield

@@ -99,7 +99,7 @@ def test_row_keeps_its_bits_at_any_position_and_row_count(name, depends_on_rows)
 def test_trial_finds_every_row_count_with_another_summation_order(operation, dtype, columns, depends_on_rows):
     product = Product(operation=operation, shape=(48, columns), stride=(1, 48), dtype=dtype)
 
-    same = {rows for rows in range(FEWEST_ROWS, 100) if product.matches_blocks(rows, BLOCK)}
+    same = {rows for rows in range(FEWEST_ROWS, 100) if product.matches_blocks(rows, BLOCK, 1)}
 
     assert same == set(range(24, 70))
 
@@ -116,7 +116,7 @@ def test_trial_finds_a_row_count_without_fused_multiply_add(monkeypatch):
     monkeypatch.setattr(Product, "compute", compute)
     product = Product(operation="mm", shape=(48, 8), stride=(1, 48), dtype=torch.float32)
 
-    assert [product.matches_blocks(rows, BLOCK) for rows in (36, 40)] == [True, False]
+    assert [product.matches_blocks(rows, BLOCK, 1) for rows in (36, 40)] == [True, False]
 
 
 def test_rows_are_computed_in_the_fewest_pieces_that_keep_the_bits(depends_on_rows):
@@ -187,7 +187,7 @@ def test_row_keeps_its_bits_in_padded_pieces(name, depends_on_rows, monkeypatch)
 
 
 def test_remainder_of_wide_pieces_is_split_separately(monkeypatch):
-    monkeypatch.setattr(Product, "matches_blocks", lambda _, rows, __: rows in (512, 60))
+    monkeypatch.setattr(Product, "matches_blocks", lambda _, rows, *__: rows in (512, 60))
     exact, product = ExactProducts(256), product_of("mm", drawn(48, 24))
 
     pieces = {rows: exact.pieces((product,), rows) for rows in (512, 1023, 572, 800)}
@@ -197,9 +197,8 @@ def test_remainder_of_wide_pieces_is_split_separately(monkeypatch):
 
 def test_large_matrix_is_tried_with_at_most_one_block_of_rows(monkeypatch):
     monkeypatch.setattr(batch_invariant, "LARGE", 48 * 24 - 1)
-    monkeypatch.setattr(batch_invariant, "UNTRIED_TIMES", 0)
     tried: list[int] = []
-    monkeypatch.setattr(Product, "matches_blocks", lambda _, rows, __: tried.append(rows) is None)
+    monkeypatch.setattr(Product, "matches_blocks", lambda _, rows, *__: tried.append(rows) is None)
     exact = ExactProducts(BLOCK)
 
     pieces = {rows: exact.pieces((product_of("mm", drawn(48, 24)),), rows) for rows in (16, 28, 48, 90)}
@@ -207,20 +206,6 @@ def test_large_matrix_is_tried_with_at_most_one_block_of_rows(monkeypatch):
     assert pieces == {16: (16,), 28: (28,), 48: (32, 16), 90: (32, 32, 26)}
     assert tried == [16, 28, 26]
     assert exact.pieces((product_of("mm", drawn(48, 23)),), 48) == (48,)
-
-
-def test_large_matrix_is_tried_with_frequent_row_counts(monkeypatch):
-    monkeypatch.setattr(batch_invariant, "LARGE", 48 * 24 - 1)
-    tried: list[int] = []
-    monkeypatch.setattr(Product, "matches_blocks", lambda _, rows, __: tried.append(rows) is None)
-    exact, product = ExactProducts(BLOCK), product_of("mm", drawn(48, 24))
-
-    few = [exact.pieces((product,), 16) for _ in range(batch_invariant.UNTRIED_TIMES)]
-    many = [exact.pieces((product,), 48) for _ in range(batch_invariant.UNTRIED_TIMES)]
-
-    assert (set(few), set(many), tried) == ({(32,)}, {(32, 32)}, [])
-    assert [exact.pieces((product,), rows) for rows in (48, 16, 16)] == [(32, 16), (16,), (16,)]
-    assert tried == [16]
 
 
 def test_matrix_whose_trial_needs_too_much_memory_is_never_tried(monkeypatch):
@@ -234,7 +219,6 @@ def test_matrix_whose_trial_needs_too_much_memory_is_never_tried(monkeypatch):
 @pytest.mark.parametrize(("rows", "columns"), [(3072, 8192), (49152, 576)])
 def test_linears_of_a_3b_base_and_a_small_head_are_tried(monkeypatch, rows, columns):
     monkeypatch.setattr(Product, "matches_blocks", lambda *_: True)
-    monkeypatch.setattr(batch_invariant, "UNTRIED_TIMES", 0)
     product = product_of("mm", torch.empty(rows, columns, dtype=torch.bfloat16))
 
     pieces = [ExactProducts().pieces((product,), number) for number in (32, 112, 272)]
@@ -244,7 +228,7 @@ def test_linears_of_a_3b_base_and_a_small_head_are_tried(monkeypatch, rows, colu
 
 def test_row_count_is_tried_once(monkeypatch):
     tried: list[int] = []
-    monkeypatch.setattr(Product, "matches_blocks", lambda _, rows, __: tried.append(rows) is None)
+    monkeypatch.setattr(Product, "matches_blocks", lambda _, rows, *__: tried.append(rows) is None)
     exact = ExactProducts(BLOCK)
 
     for rows in (48, 80, 48, 80, 80):
