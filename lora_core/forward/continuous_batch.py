@@ -20,9 +20,9 @@ from lora_core.base_model.model import BaseModel
 from lora_core.errors import ConfigError, OutOfMemory
 from lora_core.forward.language_model import hidden_states
 from lora_core.forward.sampling import ChosenToken, Sampling, choose_tokens
+from lora_core.kernels.kv_cache import GROWTH_TOKENS, SequenceCache
 from lora_core.layers.lm_heads import logits_by_head
 from lora_core.layers.longrope import bounds_in
-from lora_core.packing.kv_cache import GROWTH_TOKENS, SequenceCache
 from lora_core.packing.packed_batch import PackedBatch, SliceInput, build_pack
 from lora_core.runtime.cpu_lanes import Lanes, split
 from lora_core.runtime.device_errors import shortage_in_pass

@@ -20,8 +20,8 @@ from torch import Tensor
 from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.config import ObjectiveConfig
 from lora_core.kernels.drawing import mask_like, uniform_rows
+from lora_core.kernels.kv_cache import SequenceCache
 from lora_core.kernels.selection import Kernels
-from lora_core.packing.kv_cache import SequenceCache
 from lora_core.runtime.counter_rng import philox_keys
 from lora_core.runtime.transfers import upload
 

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from lora_core.kernels import generation
 from lora_core.kernels.gpu.visible_keys import VisibleKeys
+from lora_core.kernels.kv_cache import SequenceCache
 from lora_core.kernels.numba_jit import array_of, runs_on
 from lora_core.layers.attention import tiled_gpu
 from lora_core.layers.attention.dense_cpu import UNLIMITED
-from lora_core.packing.kv_cache import SequenceCache
 from lora_core.packing.packed_batch import current_kernels
 
 

@@ -214,7 +214,7 @@ def fake_device(elementwise: str = "compiled") -> Iterator[DeviceObserver]:
         **{f"lora_core.layers.{name}.same_numbers": _is_same for name in ("residual_block", "swiglu")},
         "lora_core.layers.rms_norm._agrees": _norm_agrees,
         "lora_core.layers.rotary._agrees": _is_same,
-        "lora_core.packing.kv_cache.address_of": lambda _tensor: 1 << 20,
+        "lora_core.kernels.kv_cache.address_of": lambda _tensor: 1 << 20,
         "lora_core.layers.tiled_lora.addresses_of": lambda _adapter, layout: layout.offsets,
         "torch.Tensor.backward": _observed_backward(observer),
         # One copy, and not one for each element.

@@ -13,7 +13,7 @@ from lora_core.errors import ConfigError, OutOfMemory
 from lora_core.forward import continuous_batch
 from lora_core.forward.continuous_batch import ContinuousBatch, NewToken, Prompt
 from lora_core.forward.sampling import Sampling
-from lora_core.packing import kv_cache
+from lora_core.kernels import kv_cache
 from lora_core.runtime import cpu_lanes
 from lora_core.runtime.cpu_lanes import Lanes
 from tests.lora_core.forward.test_generation import PROMPTS, greedy, spy_on_passes

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from lora_core.adapter.flat_adapter import MagnitudeViews, SiteViews
+from lora_core.kernels.kv_cache import SequenceCache
 from lora_core.layers.attention.cached import attend_last, attend_newest
 from lora_core.layers.lora_linear import Piece, PlainWeight, add_lora
-from lora_core.packing.kv_cache import SequenceCache
 
 TOLERANCE: dict[torch.dtype, dict[str, Any]] = {
     torch.float32: {"rtol": 1e-5, "atol": 1e-6},

@@ -15,9 +15,9 @@ from lora_core.base_model.patching import Attachment
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.forward.generation import Prompts
+from lora_core.kernels.kv_cache import SequenceCache
 from lora_core.kernels.selection import Kernels
 from lora_core.layers.attention.cached import attend_last, attend_newest
-from lora_core.packing.kv_cache import SequenceCache
 from lora_core.packing.packed_batch import running
 from tests.lora_core.kernels.gpu.launches import recorded
 from tests.lora_core.layers.attention.test_flash import pack_of
