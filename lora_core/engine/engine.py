@@ -49,7 +49,7 @@ from lora_core.engine.rank_agreement import (
     require_equal_weights,
 )
 from lora_core.engine.step import Computed, Passes, TickPlan
-from lora_core.engine.throughput import PackSize, Throughput
+from lora_core.engine.throughput import Throughput
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import BadCheckpoint, ConfigError, LoraCoreError, OutOfMemory
 from lora_core.events import Event
@@ -91,7 +91,7 @@ class Engine:
         self._in_tick: list[TrainingJob] = []
         self._errors: list[OutOfMemory] = []
         """Errors of quarantined jobs. `tick` raises one per call."""
-        self._throughput = Throughput()
+        self.throughput = Throughput()
         self._lanes = Lanes(config.num_lanes)
         if base.device.startswith("cuda"):
             prepare_device(base.model.device)  # before the first launch, which Triton makes to the current device
@@ -237,7 +237,7 @@ class Engine:
         A tick takes as long as its fullest lane. A slice is never split, so each lane may have as many tokens as the
         largest waiting slice, be it a job's next or a further one of its step.
         """
-        rate = self._throughput.lane_tokens_per_second
+        rate = self.throughput.lane_tokens_per_second
         lane_tokens = int(rate * self.config.max_tick_seconds) or self._memory.max_tokens
         num_lanes = self.config.num_lanes * self.ranks.size
         sizes = chain.from_iterable((ready.num_tokens, *ready.further) for ready in waiting)
@@ -252,7 +252,7 @@ class Engine:
         job_tokens = self.ranks.size * self.config.job_tokens
         job_slices = math.inf if self.config.job_slices is None else self.ranks.size * self.config.job_slices
         first = widen(selected[:1], token_budget=max_tokens, job_tokens=job_tokens, job_slices=job_slices)
-        if selected[0].kind == "train" and self._throughput.num_alone(sum(first[0])) < self.config.ticks_alone:
+        if selected[0].kind == "train" and self.throughput.num_alone(sum(first[0])) < self.config.ticks_alone:
             return selected[:1], first
         return selected, widen(selected, token_budget=max_tokens, job_tokens=job_tokens, job_slices=job_slices)
 
@@ -277,7 +277,7 @@ class Engine:
             return None
         self._memory.grow()
         if plan.kind == "train":
-            self._throughput.record(
+            self.throughput.record(
                 num_tokens=plan.num_tokens,
                 fullest_lane=computed.fullest_lane,
                 num_jobs=len(plan.tokens),
@@ -507,37 +507,13 @@ class Engine:
         """Return the names of all loaded jobs, in the order of admission."""
         return tuple(self._jobs)
 
-    def num_parameters(self, job: str) -> int:
-        """Return the number of trained parameters of the job's adapter."""
-        return self._jobs[job].adapter.num_parameters
-
-    def num_bytes(self, job: str) -> int:
-        """Return the bytes of the job's weights, gradient and optimizer state. A snapshot takes at most as much."""
-        return self._jobs[job].num_bytes
-
-    def trained_tokens(self, job: str) -> int:
-        """Return the tokens of all completed training steps, including those before a resume."""
-        return self._jobs[job].progress.num_tokens
+    def job(self, job: str) -> TrainingJob:
+        """Return a loaded job: its adapter, progress, evaluated step and bytes. Only the engine may change it."""
+        return self._jobs[job]
 
     def progress(self, job: str) -> tuple[int, int]:
         """Return (completed steps, total steps)."""
         return self._jobs[job].step, self._jobs[job].config.num_steps
-
-    def evaluated_step(self, job: str) -> int | None:
-        """Return the step of the job's current weights if they were evaluated, else None."""
-        return self._jobs[job].evaluated_step
-
-    def tokens_per_second(self) -> float:
-        """Return the recent average of tokens through the base model per second. 0 before the first tick."""
-        return self._throughput.tokens_per_second
-
-    def tick_speeds(self) -> dict[PackSize, list[tuple[int, float]]]:
-        """Return (tokens, tokens per second) for each tick size, for ticks of one job and of several."""
-        return self._throughput.table()
-
-    def cached_bytes(self) -> int:
-        """Return the bytes that torch keeps on a GPU for later ticks. 0 on a CPU."""
-        return self.activations.cached_bytes()
 
     @property
     def elementwise_kernels(self) -> Literal["cpu", "cuda", "torch"]:

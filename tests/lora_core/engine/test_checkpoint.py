@@ -110,7 +110,7 @@ def test_a_job_takes_as_much_memory_as_its_snapshots(load):
             admit(engine, name, job)
             snapshots = engine.checkpoint_snapshot(name), engine.adapter_snapshot(name, base_name="tiny")
             taken = sum(vector.nbytes for each in snapshots for vector in each.vectors.on_host().values())
-            assert taken <= engine.num_bytes(name), name
+            assert taken <= engine.job(name).num_bytes, name
 
 
 def test_a_failed_write_leaves_nothing_behind(engine, tmp_path, monkeypatch):

@@ -81,7 +81,7 @@ def test_job_with_best_weights_but_no_early_stopping_runs_all_steps(load):
 def test_memory_includes_the_best_weights(load):
     engine = Engine(load("llama"), EngineConfig())
     admit(engine, "job", EARLY)
-    assert engine.memory()["adapter_bytes"] == 20 * engine.num_parameters("job")
+    assert engine.memory()["adapter_bytes"] == 20 * engine.job("job").adapter.num_parameters
 
 
 @pytest.mark.parametrize("options", [{"keep": "best"}, {"early_stopping": EarlyStoppingConfig(patience=1)}])

@@ -96,7 +96,7 @@ def test_trained_tokens_count_each_step_once_across_a_resume(load, tmp_path):
 
     num_tokens = sum(step.num_tokens for step in steps)
     assert [step.step for step in steps] == [4, 5, 6]
-    assert second.trained_tokens("job") == first.trained_tokens("job") + num_tokens > num_tokens
+    assert second.job("job").progress.num_tokens == first.job("job").progress.num_tokens + num_tokens > num_tokens
 
 
 def test_jobs_of_one_engine_share_ticks(load):

@@ -82,14 +82,14 @@ def test_tick_interrupted_between_lanes_and_bookkeeping_changes_no_byte(load, mo
     alone = run_alone(load("llama"), LONG)
     engine = Engine(load("llama"), EngineConfig(token_budget=64))
     admit(engine, "long", LONG)
-    record, calls = engine._throughput.record, itertools.count()
+    record, calls = engine.throughput.record, itertools.count()
 
     def interrupted(**measured):
         if next(calls) in (1, 5):
             raise KeyboardInterrupt
         record(**measured)
 
-    monkeypatch.setattr(engine._throughput, "record", interrupted)
+    monkeypatch.setattr(engine.throughput, "record", interrupted)
     events, num_interrupted = run_to_the_end(engine, KeyboardInterrupt)
 
     assert num_interrupted == 2

@@ -351,9 +351,9 @@ def test_finished_jobs_stay_until_evicted_and_leave_the_engine_idle(load):
 
     assert events[-1] == JobFinished(job="job", step=6, kept_step=6)
     assert engine.jobs() == ("job",)
-    assert engine.num_parameters("job") > 0
-    assert engine.memory()["adapter_bytes"] == 16 * engine.num_parameters("job")
-    assert engine.tokens_per_second() > 0
+    assert engine.job("job").adapter.num_parameters > 0
+    assert engine.memory()["adapter_bytes"] == 16 * engine.job("job").adapter.num_parameters
+    assert engine.throughput.tokens_per_second > 0
     engine.evict("job")
     assert engine.jobs() == ()
     assert engine.memory()["adapter_bytes"] == 0

@@ -279,7 +279,7 @@ def test_every_pass_counts_for_scheduling_but_only_the_step_as_trained(load):
 
     assert (unit.kind, waiting[0]) == ("evaluate", 2 * 25)  # passes of adapter and base without gradients
     assert engine._jobs["job"].served == 2 * (25 + 25)
-    assert engine.trained_tokens("job") == 25
+    assert engine.job("job").progress.num_tokens == 25
 
 
 @pytest.mark.slow_repetitions

@@ -188,7 +188,7 @@ def test_reference_pass_counts_for_scheduling_but_not_as_trained(load, objective
 
     assert num_tokens == passes * 25
     assert engine._jobs["job"].served == passes * 25
-    assert engine.trained_tokens("job") == 25
+    assert engine.job("job").progress.num_tokens == 25
 
 
 def test_slicing_changes_the_loss_only_by_rounding(load):

@@ -37,7 +37,7 @@ def test_served_equals_trained_under_peft_on_the_resident_base(load, tmp_path, f
         assert verdict.passed, verdict
         assert verdict.num_positions == 4
         assert verdict.max_abs_effect > 3 * verdict.tolerance
-        assert report.num_parameters == engine.num_parameters("job")
+        assert report.num_parameters == engine.job("job").adapter.num_parameters
         assert report.dtype == dtype
 
 

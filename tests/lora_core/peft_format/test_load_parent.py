@@ -295,7 +295,7 @@ def test_reward_model_starts_with_language_model_layers_and_a_new_head(load, bas
 
     child, orphan = begun(base, job), begun(base, replace(job, parent=None))
 
-    head = slice(parent.num_parameters("job"), None)
+    head = slice(parent.job("job").adapter.num_parameters, None)
     assert torch.equal(weights(child, "job")[: head.start], weights(parent, "job"))
     assert torch.equal(weights(child, "job")[head], weights(orphan, "job")[head])
     assert weights(child, "job")[head].any()
@@ -310,7 +310,7 @@ def test_additional_full_modules_of_a_child_start_as_in_the_base(load, tmp_path)
     child = begun(base, replace(job, config=replace(job.config, lora=more)))
 
     assert torch.equal(logits(child), logits(parent))
-    assert child.num_parameters("job") > parent.num_parameters("job")
+    assert child.job("job").adapter.num_parameters > parent.job("job").adapter.num_parameters
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "in_full", "tokens"])

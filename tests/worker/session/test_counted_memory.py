@@ -86,7 +86,7 @@ def test_the_estimate_of_a_job_equals_its_peak(
     parts = memory.own_parts(
         {},
         str(base.dtype).removeprefix("torch."),
-        num_parameters=engine.num_parameters("job"),
+        num_parameters=engine.job("job").adapter.num_parameters,
         dropout=0.0,
         keeps_best=keep == "best",
         init_lora_weights=init,
@@ -95,7 +95,7 @@ def test_the_estimate_of_a_job_equals_its_peak(
         lowest_rank=1,
         highest_rank=1,
     )
-    assert sum(parts.values()) == max(held) + num_spare * 4 * engine.num_parameters("job")
+    assert sum(parts.values()) == max(held) + num_spare * 4 * engine.job("job").adapter.num_parameters
 
 
 def spy_on_rows(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[int]:

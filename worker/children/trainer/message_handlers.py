@@ -179,11 +179,11 @@ class MessageHandlers:
             "admitted",
             step=step,
             num_steps=num_steps,
-            num_parameters=self.engine.num_parameters(claim_id),
+            num_parameters=self.engine.job(claim_id).adapter.num_parameters,
             steps_per_epoch=train.num_rows / config.objective.rows_per_example / config.batch_size,
         )
         # A job that left while it sampled has evaluated that step already, and will not do it again.
-        evaluated_step = self.engine.evaluated_step(claim_id)
+        evaluated_step = self.engine.job(claim_id).evaluated_step
         if evaluated_step is not None and evaluated_step not in body["answered_steps"]:
             self._sample({claim_id: evaluated_step})
 
@@ -326,11 +326,14 @@ class MessageHandlers:
         except (OSError, LoraCoreError) as error:
             self._report_event(claim_id, "checkpoint_unexported", step=step, error=error_report(error))
             return NO_ADAPTER
-        return {"adapter": self._directory.named(adapter), "num_parameters": self.engine.num_parameters(claim_id)}
+        return {
+            "adapter": self._directory.named(adapter),
+            "num_parameters": self.engine.job(claim_id).adapter.num_parameters,
+        }
 
     def _has_weights_of(self, claim_id: str, step: int) -> bool:
         """Return whether the adapter has the weights of the last completed step, and not of an earlier one."""
-        return self.engine.evaluated_step(claim_id) in (None, step)
+        return self.engine.job(claim_id).evaluated_step in (None, step)
 
     def _begin_checkpoint(self, claim_id: str) -> None:
         """Copy the job's state on the leader, which writes it while the job trains on."""
@@ -339,7 +342,7 @@ class MessageHandlers:
         step, _ = self.engine.progress(claim_id)
         if self._ranks.broadcast(step == self._jobs[claim_id].saved_step):
             return
-        num_bytes = self.engine.num_bytes(claim_id)
+        num_bytes = self.engine.job(claim_id).num_bytes
         self._report_written(self._writer.make_room(num_bytes))
         try:
             self.engine.compare_ranks(claim_id)
@@ -417,8 +420,8 @@ class MessageHandlers:
             "kept_step": finished.kept_step,
             "stopped_early": finished.stopped_early,
             "folder": self._directory.named(folder),
-            "num_parameters": self.engine.num_parameters(claim_id),
-            "trained_tokens": self.engine.trained_tokens(claim_id),
+            "num_parameters": self.engine.job(claim_id).adapter.num_parameters,
+            "trained_tokens": self.engine.job(claim_id).progress.num_tokens,
             "report": report,
             "memory": memory,
         }
@@ -440,9 +443,9 @@ class MessageHandlers:
                     "type": "memory",
                     "verifying": verifying,
                     **self.engine.memory(),
-                    "cached_bytes": self.engine.cached_bytes(),
-                    "tokens_per_second": round(self.engine.tokens_per_second(), 1),
-                    "tick_speeds": self.engine.tick_speeds(),
+                    "cached_bytes": self.engine.activations.cached_bytes(),
+                    "tokens_per_second": round(self.engine.throughput.tokens_per_second, 1),
+                    "tick_speeds": self.engine.throughput.table(),
                 }
             )
 
