@@ -31,9 +31,9 @@ help:
 	@echo "make test-faults      run the fault-injection tests on a real service with SQLite and PostgreSQL; about an hour"
 	@echo "make soak        run the chaos soak test: 300 jobs on four workers, a random fault every few seconds; 45 minutes"
 	@echo "make fuzz        fuzz the API with tens of thousands of requests, on SQLite and PostgreSQL; 30 minutes or more"
-	@echo "make bench       compare Lorry with PEFT, Trainer and TRL on this machine, with a real language model; 30 minutes"
-	@echo "make gpu-kit     check and measure the engine on a CUDA GPU of 80 GB in 8 minutes, with every result on disk at once"
-	@echo "make bench-api   benchmark the API server and its database: jobs, reads, 10,000 streams, a million jobs; 25 minutes"
+	@echo "make bench       compare Lorry with PEFT, Trainer and TRL on this machine, with a real language model; 20 minutes"
+	@echo "make gpu-kit     test and measure the engine on a CUDA GPU of 80 GB in 8 minutes, with every result on disk at once"
+	@echo "make bench-api   benchmark the API server and its database: jobs, reads, a million stored jobs; 15 minutes"
 	@echo "make check       lint, format, types, import rules, migrations, words, documents"
 	@echo "make dist        build the wheels and source distributions of lorry and lorry-server in dist/"
 	@echo "make audit       check the locked packages for known vulnerabilities (pip-audit)"
@@ -56,13 +56,13 @@ docs: .venv/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 test: .venv/.installed
-	$(PYTEST) -m "not slow and not docker" $(SHARED_OUT) $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow and not docker and not gpu" $(SHARED_OUT) $(PYTEST_ARGS)
 
 test-slow: .venv/.installed
 	$(PYTEST) -m slow --timeout 1800 $(SHARED_OUT) $(PYTEST_ARGS)
 
 test-postgres: .venv/.installed
-	LORRY_TEST_DATABASE=postgresql $(PYTEST) -m "not slow" $(SHARED_OUT) $(PYTEST_ARGS) \
+	LORRY_TEST_DATABASE=postgresql $(PYTEST) -m "not slow and not gpu" $(SHARED_OUT) $(PYTEST_ARGS) \
 		tests/api tests/catalog tests/lorry tests/system/test_openai_client.py
 
 test-compose: .venv/.installed
@@ -93,7 +93,7 @@ bench: .venv/.installed
 	$(BIN)/python -m benchmarks $(BENCH_ARGS)
 
 gpu-kit: .venv/.installed
-	$(BIN)/python -m benchmarks.gpu.kit --out .cache/gpu-kit $(KIT_ARGS)
+	$(BIN)/python -m benchmarks.gpu_kit --out .cache/gpu-kit $(KIT_ARGS)
 
 bench-api: .venv/.installed
 	$(BIN)/python -m benchmarks.api $(BENCH_ARGS)

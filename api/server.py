@@ -24,8 +24,8 @@ from catalog.process_inspection import deny_inspection
 from catalog.settings import Settings
 
 MAX_CONNECTIONS = 16_384
-"""Maximum number of connections; uvicorn answers 503 beyond it. Each live stream is one. `make bench-api` measures
-10,000 on one process."""
+"""Maximum number of connections; uvicorn answers 503 beyond it. Each live stream is one. One process has been
+measured with 10,000 (docs/benchmarks.md)."""
 KEEP_ALIVE_SECONDS = 5
 """Maximum idle time of a connection between two requests."""
 

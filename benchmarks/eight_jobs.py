@@ -11,7 +11,7 @@ from typing import Any
 
 from benchmarks.gate import Contender
 from benchmarks.plan import Plan
-from benchmarks.results import Result, median_of, shares
+from benchmarks.results import Result, median_of
 from benchmarks.trainer import Trainer
 
 GOAL_OVER_SCRIPTS = 6.0
@@ -98,20 +98,3 @@ def _extrapolated(name: str, result: Result) -> str:
     """Return the part of a label that names the number of scripts that were run, if it is not that of the jobs."""
     num_run = result.repeats[name][0].get("scripts_run", result.settings["jobs"])
     return "" if num_run == result.settings["jobs"] else f", extrapolated from {num_run}"
-
-
-def explain(_plan: Plan, result: Result) -> None:
-    """Split the time of the eight jobs into phases, from the measured runs."""
-    ours, alone, script = (result.repeats[name][0] for name in ("lorry", "lorry, one job", ONE_BY_ONE))
-    further = (ours["seconds"] - alone["seconds"]) / max(1, result.settings["jobs"] - 1)
-    per_job = (ours["peak_bytes"] - alone["peak_bytes"]) / max(1, result.settings["jobs"] - 1)
-    known = {"start": ours["ready_seconds"], "export and verification": ours["verifying_seconds"]}
-    parts = known | {"training": ours["seconds"] - sum(known.values())}
-    result.profile = shares("eight jobs, by the clock", parts)
-    at_most = script["seconds"] / result.settings["jobs"] / further
-    result.why += [
-        f"One job takes {alone['seconds']:.1f} s including the trainer's start, each further one {further:.1f} s. "
-        f"{at_most:.1f}x is therefore the upper limit for any number of jobs. steady_state shows the parts of a step.",
-        f"Each further job adds {per_job / 1e6:.0f} MB: weights, gradient and two moments in fp32, and a bf16 copy. "
-        "Eight scripts have these as well, each in its own process.",
-    ]

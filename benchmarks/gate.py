@@ -8,16 +8,24 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.workload import ROOT
 
 Json = dict[str, Any]
+ABORT_SECONDS = 5.0
+GPU_VARIABLES = {
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+}
+"""Those of a trainer (worker/process/launcher.py)."""
 
 
 class Gate:
@@ -41,12 +49,9 @@ class Gate:
         """Restart the clocks."""
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
-    def seconds(self) -> float:
-        """Return the seconds since `wait` or `restart`."""
-        return time.perf_counter() - self._wall
-
     def report(self, **figures: Any) -> None:
         """Report `seconds` and `cpu_seconds` since `wait` or `restart`, and `figures`."""
+        synchronize()
         clocks = {"seconds": time.perf_counter() - self._wall, "cpu_seconds": time.process_time() - self._cpu}
         if self.num_steps is None:
             self._reports.write(json.dumps(clocks | figures) + "\n")
@@ -62,13 +67,13 @@ class Contender:
         *,
         threads: int,
         log: Path,
-        checkout: Path = ROOT,
-        variables: Mapping[str, str] | None = None,
+        patience_seconds: float | None = None,
         **options: Any,
     ) -> None:
-        """`checkout` is the version of Lorry that runs it. `variables` are added to its environment."""
+        """A report that takes longer than `patience_seconds` ends the process, with its stacks in the log."""
         self.name = name
         self._log = log
+        self._patience_seconds = patience_seconds
         with log.open("ab") as file:
             self._process = subprocess.Popen(
                 [
@@ -81,8 +86,8 @@ class Contender:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
-                env=environment(threads) | dict(variables or {}),
-                cwd=checkout,
+                env=environment(threads, on_cpu=options.get("device", "cpu") == "cpu"),
+                cwd=ROOT,
                 text=True,
             )
 
@@ -100,10 +105,20 @@ class Contender:
     def report(self) -> Json:
         """Wait for the report of the started step. Raises RuntimeError as `step` does."""
         assert self._process.stdout is not None
+        timers = [threading.Timer(seconds, self._process.send_signal, [number]) for seconds, number in self._signals()]
+        for timer in timers:
+            timer.start()
         line = self._process.stdout.readline()
+        for timer in timers:
+            timer.cancel()
         if not line:
             raise RuntimeError(f"{self.name} exited:\n{self._log.read_text(errors='replace')[-4000:]}")
         return json.loads(line)
+
+    def _signals(self) -> list[tuple[float, signal.Signals]]:
+        """Return what ends a late process: at SIGABRT, Python writes the stacks, unless the device blocks it."""
+        late = self._patience_seconds
+        return [] if late is None else [(late, signal.SIGABRT), (late + ABORT_SECONDS, signal.SIGKILL)]
 
     def finish(self) -> int:
         """Wait for the exit of a contender with a fixed number of steps. Return its peak memory in bytes.
@@ -126,7 +141,15 @@ class Contender:
         self._process.wait()
 
 
-def environment(threads: int) -> dict[str, str]:
+def environment(threads: int, *, on_cpu: bool) -> dict[str, str]:
     """Return an environment without network access, in which waiting threads don't spin."""
     ours = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
-    return os.environ | ours | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    ours |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONFAULTHANDLER": "1"}
+    return os.environ | ours | ({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else GPU_VARIABLES)
+
+
+def synchronize() -> None:
+    """Wait until the GPU has computed what this process has launched, if it uses one."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.synchronize()

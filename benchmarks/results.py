@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -47,31 +46,15 @@ class Finding:
         return f"{'at most' if self.is_limit else 'at least'} {self.goal:g}: {'met' if self.is_met else 'missed'}"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Share:
-    """A part of a profile. The parts with the same `of` add up to the whole."""
-
-    of: str
-    part: str
-    seconds: float
-    share: float
-
-
 @dataclass(kw_only=True, slots=True)
 class Result:
-    """Raw reports, findings and profile of a comparison.
-
-    `repeats` contains the reports by contender, in order. `profile` is measured in a separate run if a goal is missed,
-    and `why` explains it in sentences.
-    """
+    """Raw reports and findings of a comparison. `repeats` contains the reports by contender, in order."""
 
     theme: str
     settings: dict[str, Any]
     repeats: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
-    profile: list[Share] = field(default_factory=list)
-    why: list[str] = field(default_factory=list)
 
     def find(
         self, what: str, figure: float, unit: str, *, goal: float | None = None, at_most: float | None = None
@@ -86,13 +69,6 @@ class Result:
                 is_limit=at_most is not None,
             )
         )
-
-    def figure(self, what: str) -> float:
-        return next(finding.figure for finding in self.findings if finding.what == what)
-
-    @property
-    def misses_a_goal(self) -> bool:
-        return not all(finding.is_met for finding in self.findings)
 
 
 def write(
@@ -148,28 +124,9 @@ def print_table(results: list[Result]) -> None:
             for finding in result.findings
         ]
         rows += [(f"{result.theme}: {name}", "not run", why) for name, why in result.left_out.items()]
-    print_columns(rows)
-    for result in results:
-        if result.profile or result.why:
-            goals = "misses a goal" if result.misses_a_goal else "meets every goal"
-            print(f"\n{result.theme} {goals}. Profile of a separate run:")
-            print_columns(
-                [(share.of, share.part, f"{share.seconds:.3f} s", f"{share.share:.1%}") for share in result.profile]
-            )
-            print("\n".join(result.why))
-
-
-def print_columns(rows: Sequence[Sequence[str]]) -> None:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def shares(of: str, seconds: dict[str, float]) -> list[Share]:
-    """Return the parts of a profile, the largest first."""
-    whole = sum(seconds.values())
-    parts = sorted(seconds.items(), key=lambda part: -part[1])
-    return [Share(of=of, part=part, seconds=float(f"{took:.4g}"), share=round(took / whole, 4)) for part, took in parts]
 
 
 def median_of(reports: list[dict[str, Any]], key: str) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.gate import Contender
 from benchmarks.plan import Plan
-from benchmarks.results import Result, median_of, median_rate, median_ratio, rates, shares
+from benchmarks.results import Result, median_of, median_rate, median_ratio, rates
 
 GOAL_OVER_TRAINER = 4.0
 GOAL_OF_MATRIX_RATE = 0.6
@@ -67,32 +67,3 @@ def _conclude(plan: Plan, threads: int, result: Result) -> None:
     result.find(
         f"Lorry's fraction of the matmul rate (4P FLOPs per token), {where}", share, "", goal=GOAL_OF_MATRIX_RATE
     )
-
-
-def explain(plan: Plan, result: Result) -> None:
-    """Profile a step with one thread, and estimate a step that consists only of the base model's matmuls."""
-    log = plan.folder / "profile.log"
-    with closing(Contender("profiled", threads=1, log=log, **plan.options())) as contender:
-        report = contender.step()
-    parts: dict[str, float] = report["parts"]
-    result.profile = shares("a step, one thread", parts)
-    result.repeats["profiled"] = [report]
-    matrix, tokens = result.repeats["matrix_1"], report["tokens"]
-    rate = median_of(matrix, "flops") / median_of(matrix, "seconds")
-    least = 4 * matrix[0]["parameters"] * tokens / rate
-    whole, products = sum(parts.values()), parts.get("base matmuls", 0.0)
-    plain = report["plain_seconds_per_token"] * tokens
-    at_best = _best_over_trainer(result, least / tokens)
-    result.why += [
-        f"The profiler slows the step down: {whole:.2f} s for {tokens} tokens with it, {plain:.2f} s without.",
-        f"4P FLOPs per token at the matrix rate of {rate / 1e9:.0f} GFLOP/s take {least:.2f} s of the {plain:.2f} s: "
-        f"{least / plain:.0%}. The base model's matmuls take {products:.2f} s in the profile. The rest counts as "
-        f"overhead. P includes the head, which only runs on the {report['labels']} labels.",
-        f"An engine without any overhead would be {at_best:.1f} times as fast as Trainer, which is the upper limit.",
-    ]
-
-
-def _best_over_trainer(result: Result, least_seconds_per_token: float) -> float:
-    """Return the speed of the matrix rate relative to Trainer."""
-    theirs = result.repeats.get("peft_trainer_1") or result.repeats["peft_loop_1"]
-    return 1 / least_seconds_per_token / median_rate(theirs)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import time
+from pathlib import Path
 from shutil import copyfile
-from types import TracebackType
 from typing import Any
 
-import psutil
-
-from benchmarks.memory import memory
 from benchmarks.plan import Plan
 from benchmarks.workload import SEED
 from catalog.spec.job import JobRequest, resolve
@@ -32,32 +30,15 @@ class Trainer:
         self._heard: list[dict[str, Any]] = []
 
     def __enter__(self) -> Trainer:
-        self.stand_by()
-        self.begin()
+        base = self._plan.workload.base
+        self._process = launch(
+            self._directory, devices.cpu(), bases_dir=base.parent, silence_seconds=LONGEST_SILENCE_SECONDS
+        )
+        self._process.begin(trainer_settings(base, trainer_id=self._directory.path.name, dtype=self._plan.dtype))
         return self
 
-    def stand_by(self) -> None:
-        """Start the process, which imports its modules and waits for a base model (warm standby)."""
-        bases_dir = self._plan.workload.base.parent
-        self._process = launch(
-            self._directory, devices.cpu(), bases_dir=bases_dir, silence_seconds=LONGEST_SILENCE_SECONDS
-        )
-
-    def begin(self) -> None:
-        base, name = self._plan.workload.base, self._directory.path.name
-        self._process.begin(trainer_settings(base, trainer_id=name, dtype=self._plan.dtype))
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         self._process.close()
-
-    def memory_bytes(self) -> int:
-        """Return the current memory of the trainer."""
-        return self._process.memory_bytes()
 
     def admit(self, job: str, *, num_steps: int, batch_size: int) -> None:
         """Admit a job with this name on the plan's rows."""
@@ -88,13 +69,10 @@ class Trainer:
         )
 
     def peak_bytes(self) -> int:
-        """Return the trainer's peak memory so far."""
-        return memory("VmHWM", self._process.pid)
-
-    def processor_seconds(self) -> float:
-        """Return the processor time used so far."""
-        used = psutil.Process(self._process.pid).cpu_times()
-        return used.user + used.system
+        """Return the trainer's peak memory so far, as Linux reports it."""
+        found = re.search(r"^VmHWM:\s+(\d+) kB$", Path(f"/proc/{self._process.pid}/status").read_text(), re.MULTILINE)
+        assert found, "this comparison needs Linux"
+        return int(found[1]) * 1024
 
     def wait_for(self, event_type: str, job: str | None = None, *, count: int = 1) -> dict[str, Any]:
         """Return the `count`-th such event since the start. Raises RuntimeError if the trainer exits or rejects it."""

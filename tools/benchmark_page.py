@@ -26,13 +26,14 @@ from GSM8K's training set: `--data` takes a JSONL file with `question` and `answ
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Theme:
-    """`command` measures the theme with the current version. `patterns` are of `benchmark_labels`."""
+    """`command` measures the theme with the current version, or is empty if its program has been removed. `patterns`
+    are of `benchmark_labels`."""
 
     title: str
     question: str
     method: str
     caveat: str
-    command: str
+    command: str = ""
     patterns: dict[str, str] = field(default_factory=dict[str, str])
 
 
@@ -72,7 +73,6 @@ THEMES = {
         "fp32, on two cores, with rank 16 and batch size 4. Both versions have the settings of their service. All "
         "are limited to AVX2 by environment variables.",
         caveat="A processor that has only AVX2 was not measured in this run.",
-        command='make bench BENCH_ARGS="--only earlier_version --earlier CHECKOUT --data gsm8k_train.jsonl"',
     ),
     "inference": Theme(
         title="Inference: many streams and adapters",
@@ -89,7 +89,6 @@ THEMES = {
         method="Forward and backward of the head alone, with 1,024 labels, 576 features and a vocabulary of 151,936. "
         "The plain head computes the logits of all labels at once in fp32.",
         caveat="Random weights. The head is only a part of a training step.",
-        command=_bench("loss_head"),
         patterns=labels.LOSS_HEAD,
     ),
     "pack_scaling": Theme(
@@ -99,7 +98,6 @@ THEMES = {
         "Lorry then admits jobs up to its default slowdown limit of 4, and that pack is measured.",
         caveat="The rows are short, so that one job alone waits for memory. On a CPU without AMX, matmuls are slower, "
         "and jobs gain less from sharing a model. Longer rows were not measured.",
-        command=_bench("pack_scaling"),
         patterns=labels.PACK_SCALING,
     ),
     "submission": Theme(
@@ -108,7 +106,6 @@ THEMES = {
         method="`lorry up` with one CPU worker. Jobs with batch size 1 alternate between a known training file and a "
         "new one, which is tokenized first.",
         caveat="One job at a time, on an idle service. The result without a loaded base model is one run.",
-        command=_bench("submission"),
         patterns=labels.SUBMISSION,
     ),
     "warm_start": Theme(
@@ -117,7 +114,6 @@ THEMES = {
         method="A running trainer, a warm standby trainer, a new trainer and a script with PEFT and Trainer alternate, "
         "all with batch size 1.",
         caveat="The base model is small: loading it takes a tenth of a second.",
-        command=_bench("warm_start"),
         patterns=labels.WARM_START,
     ),
     "frozen_prefix": Theme(
@@ -127,7 +123,6 @@ THEMES = {
         "goal is 85% of the ratio of FLOPs of blocks and head.",
         caveat="The first epoch fills the cache and gains nothing. P is the number of parameters in the blocks, and k "
         "of L blocks are adapted.",
-        command=_bench("frozen_prefix"),
         patterns=labels.FROZEN_PREFIX,
     ),
     "host_total": Theme(
@@ -136,7 +131,6 @@ THEMES = {
         method="Four jobs in one process with two lanes alternate with two processes of two jobs each. One job is also "
         "measured with slices of several sizes.",
         caveat="On this machine both cores are threads of one physical core.",
-        command=_bench("host_total"),
         patterns=labels.HOST_TOTAL,
     ),
     "gpu_host": Theme(
@@ -147,7 +141,6 @@ THEMES = {
         "evict the caches of the CPU.",
         caveat="Triton's own launch and the copy of the tables to the GPU are not included. The CPU of a GPU node may "
         "be faster or slower.",
-        command=_bench("gpu_host"),
     ),
     "soak": Theme(
         title="Soak with faults and a noisy neighbor",
@@ -183,7 +176,6 @@ THEMES = {
         method="All clients stream one job, or 100 jobs of which one has the event. Ten events are written one after "
         "another; a result is the median time from the commit until the last client has the event.",
         caveat="Clients and API server run on one machine.",
-        command=_bench_api("listeners"),
         patterns=labels.API_LISTENERS,
     ),
     "api_claims": Theme(
@@ -191,7 +183,6 @@ THEMES = {
         question="How many jobs per second can workers claim?",
         method="50 processes claim one job at a time until a queue of 2,000 jobs is empty. No job is claimed twice.",
         caveat="The processes and the database share two cores.",
-        command=_bench_api("claims"),
         patterns=labels.API_CLAIMS,
     ),
     "api_heartbeats": Theme(
@@ -200,7 +191,6 @@ THEMES = {
         method="Four threads create sweeps with slow patterns for 75 seconds, while a worker renews its claim every "
         "half second. The goal is a third of a lease.",
         caveat="SQLite only.",
-        command='make bench-api BENCH_ARGS="--only heartbeats --databases sqlite"',
         patterns=labels.API_HEARTBEATS,
     ),
 }
@@ -254,7 +244,10 @@ def _section(file_name: str, result: dict[str, Any]) -> Iterator[str]:
     yield f"- Result file: `{file_name}`, {result['date']}"
     instructions = "".join(f", {name}" for name in machine.get("instructions", ())[:1])  # the fastest of them
     yield f"- Machine: {machine['cpu']}, {machine['cores']} cores{instructions}"
-    yield f"- Command: `{theme.command if theme else result['command']}`"
+    if theme is None or theme.command:
+        yield f"- Command: `{theme.command if theme else result['command']}`"
+    else:
+        yield f"- Measured with the version of {result['date']}. The program of this benchmark has been removed since."
     yield ""
     if result["note"]:
         yield from (*labels.standard([result["note"]], theme.patterns if theme else {}), "")

@@ -1,1 +1,1 @@
-"""Benchmarks of the HTTP API server and its database: rates, pages of a large database, listeners, claims."""
+"""Benchmarks of the HTTP API server and its database: rates, and pages of a large database."""

@@ -9,14 +9,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.api import claimers, heartbeats, listeners, rates, sizes
+from benchmarks.api import rates, sizes
 from benchmarks.api.plan import ApiPlan, quick
 from benchmarks.api.service import DATABASES
 from benchmarks.results import Result, print_table, write
 from benchmarks.workload import ROOT
 
-THEMES = {"rates": rates.run, "listeners": listeners.run, "claims": claimers.run, "size": sizes.run}
-THEMES |= {"heartbeats": heartbeats.run}
+THEMES = {"rates": rates.run, "size": sizes.run}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -36,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _plan(options: argparse.Namespace, folder: Path) -> ApiPlan:
     plan = ApiPlan(folder=folder, databases=tuple(options.databases), repeats=options.repeats, seconds=options.seconds)
-    return replace(plan, many_jobs=options.jobs, listeners=options.listeners, connections=options.connections)
+    return replace(plan, many_jobs=options.jobs, connections=options.connections)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -47,7 +46,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=5.0, help="duration of each run in seconds (default: 5)")
     parser.add_argument("--connections", type=int, default=16, help="concurrent connections of a load (default: 16)")
     parser.add_argument("--jobs", type=int, default=1_000_000, help="jobs in the large database (default: 1,000,000)")
-    parser.add_argument("--listeners", type=int, default=10_000, help="listeners on one API server (default: 10,000)")
     parser.add_argument("--folder", type=Path, help="temporary folder for SQLite files, about 10 GB")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results", help="folder for results")
     parser.add_argument("--note", help="note for the results file, such as other load on the machine")

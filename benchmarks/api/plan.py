@@ -24,16 +24,8 @@ class ApiPlan:
     many_jobs: int = 1_000_000
     points_a_job: int = 50
     long_steps: int = 100_000
-    listeners: int = 10_000
-    marks: int = 10
-    """Number of events that are sent to all listeners, one after another."""
-    workers: int = 50
-    waiting: int = 2_000
-    """Jobs for those workers to claim."""
     looks: int = 25
     """Measurements of each page on each database."""
-    flood_seconds: float = 75.0
-    """Duration of the flood of sweeps during which heartbeats are measured."""
 
     @property
     def core(self) -> int | None:
@@ -43,7 +35,7 @@ class ApiPlan:
 
     def settings(self) -> dict[str, Any]:
         names = ("databases", "repeats", "seconds", "connections", "few_jobs", "many_jobs", "points_a_job")
-        names += ("long_steps", "listeners", "marks", "workers", "waiting", "looks", "flood_seconds")
+        names += ("long_steps", "looks")
         return {name: getattr(self, name) for name in names} | {"api_core": self.core}
 
 
@@ -58,10 +50,5 @@ def quick(folder: Path, databases: tuple[str, ...]) -> ApiPlan:
         many_jobs=60,
         points_a_job=5,
         long_steps=600,
-        listeners=20,
-        marks=2,
-        workers=3,
-        waiting=9,
         looks=2,
-        flood_seconds=1.0,
     )

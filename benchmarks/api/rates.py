@@ -11,8 +11,7 @@ from benchmarks.api import load
 from benchmarks.api.bare import A_ROW, CONSTANT, IN_A_THREAD
 from benchmarks.api.plan import TITLES, ApiPlan
 from benchmarks.api.service import Place, Served, api, peer, place, servers
-from benchmarks.api.wakeups import round_trip_seconds
-from benchmarks.results import Result, median_of, rates, shares
+from benchmarks.results import Result, median_of, rates
 
 GOAL_CREATIONS, GOAL_READS, GOAL_P99_SECONDS = 1000.0, 3000.0, 0.05
 CREATION = "/v1/fine_tuning/jobs"
@@ -28,10 +27,6 @@ def run(plan: ApiPlan) -> Result:
         _run(plan, result, server, list(plan.databases))
     for kind in plan.databases:
         _find(result, kind)
-    if plan.core is not None:
-        for what, cores in {"one core": (plan.core, plan.core), "two cores": (plan.core - 1, plan.core)}.items():
-            seconds = round_trip_seconds(cores)
-            result.find(f"Round trip of a message between processes on {what}", seconds * 1e6, "µs")
     return result
 
 
@@ -51,24 +46,6 @@ def _find(result: Result, kind: str) -> None:
         reports = result.repeats[f"{kind} FastAPI alone, {what}"]
         figure = sorted(rates(reports, amount="requests"))[len(reports) // 2]
         result.find(f"{TITLES[kind]}: FastAPI alone, {what}, requests per second", figure, "/s")
-    _profile(result, kind)
-
-
-def _profile(result: Result, kind: str) -> None:
-    """Split the processor time of a read by means of the baselines, each of which does a part of it."""
-    read, constant, threaded, row = (
-        min(report["api_cpu_seconds"] / report["requests"] for report in result.repeats[f"{kind} {what}"])
-        for what in ("reads", *(f"FastAPI alone, {peer}" for peer in PEERS))
-    )
-    parts = {
-        "FastAPI, a constant": constant,
-        "a way to a thread and back": threaded - constant,
-        "a row by SQLAlchemy": row - threaded,
-        "the key, its limits, another way to a thread, the whole job, headers, the log": read - row,
-    }
-    result.profile += shares(
-        f"{kind}, 1,000 reads", {name: max(0.0, seconds) * 1000 for name, seconds in parts.items()}
-    )
 
 
 def _run(plan: ApiPlan, result: Result, server: str | None, kinds: Sequence[str]) -> None:

@@ -14,11 +14,9 @@ from benchmarks.gate import Gate, Json
 from benchmarks.workload import SEED
 
 CONTENDERS = {
-    **dict.fromkeys(("lorry", "pack", "several", "matrix", "profiled"), "benchmarks.contenders.engine"),
+    **dict.fromkeys(("lorry", "matrix"), "benchmarks.contenders.engine"),
     **dict.fromkeys(("peft_loop", "peft_trainer", "trl_sft"), "benchmarks.contenders.baselines"),
-    **dict.fromkeys(("chunked_head", "plain_head"), "benchmarks.heads"),
-    "gpu_host": "benchmarks.gpu_host",
-    **dict.fromkeys(("upper_blocks", "upper_blocks_profiled"), "benchmarks.contenders.upper_blocks"),
+    **dict.fromkeys(("ceilings", "profile", "stalls"), "benchmarks.contenders.gpu"),
 }
 """Module of each contender."""
 

@@ -21,7 +21,7 @@ def peft_loop(gate: Gate, options: Json) -> None:
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=LEARNING_RATE)
     model.train()
     for batch in rows_in_order(options):
-        padded = pad(batch)
+        padded = {name: part.to(model.device) for name, part in pad(batch).items()}
         gate.wait()
         loss = model(**padded).loss
         loss.backward()
@@ -39,7 +39,9 @@ def peft_trainer(gate: Gate, options: Json) -> None:
     counted = Counted(pad)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            **trainer_arguments(gate, folder), per_device_train_batch_size=options["batch_size"]
+            **trainer_arguments(gate, folder, options),
+            bf16=options.get("device", "cpu") != "cpu",  # as is usual on a GPU
+            per_device_train_batch_size=options["batch_size"],
         )
         rows = [row for batch in rows_in_order(options) for row in batch]
         dataset: Any = rows
@@ -58,7 +60,7 @@ def trl_sft(gate: Gate, options: Json) -> None:
     dataset = Dataset.from_list([{name: row[name] for name in ("input_ids", "completion_mask")} for row in rows])
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
-            **trainer_arguments(gate, folder),
+            **trainer_arguments(gate, folder, options),
             bf16=options["dtype"] == "bfloat16",
             per_device_train_batch_size=1,
             gradient_checkpointing=False,
@@ -83,9 +85,18 @@ def trl_sft(gate: Gate, options: Json) -> None:
 
 
 def plain_model(options: Json) -> Any:
-    from transformers import AutoModelForCausalLM
+    """Return a model of the folder, on the device. A folder that has only a config.json gives random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(options["base"], dtype=getattr(torch, options["dtype"]))
+    folder, dtype, device = options["base"], getattr(torch, options["dtype"]), options.get("device", "cpu")
+    if not is_random(Path(folder)):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+
+
+def is_random(folder: Path) -> bool:
+    return not any(folder.glob("*.safetensors"))
 
 
 def peft_config(options: Json) -> Any:
@@ -142,10 +153,10 @@ class Counted:
         return batch
 
 
-def trainer_arguments(gate: Gate, folder: str) -> Json:
+def trainer_arguments(gate: Gate, folder: str, options: Json) -> Json:
     return {
         "output_dir": folder,
-        "use_cpu": True,
+        "use_cpu": options.get("device", "cpu") == "cpu",
         "max_steps": gate.num_steps or 300,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",

@@ -1,119 +1,98 @@
-"""The engine as a contender: with one job, a pack, several jobs per host, and under the profiler."""
+"""The engine as a contender, and the matmul rate that limits it. A base model without weights gets random ones."""
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from benchmarks.contenders.baselines import is_random, plain_model
 from benchmarks.gate import Gate, Json
-from benchmarks.memory import memory, proportional_bytes
-from benchmarks.step_profile import profile_of
 from benchmarks.workload import LEARNING_RATE, SEED
-from catalog.resources.memory import SLICE_TOKENS
-from lora_core.base_model.model import load_base
+from lora_core.base_model.model import BaseModel, load_base
 from lora_core.config import JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
 from lora_core.data.token_dataset import TokenDataset
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
-from lora_core.events import Event, JobStepped
-from worker.children.trainer.job_config import engine_config
+from lora_core.events import JobDiverged, JobStepped
 
 ENDLESS = 10_000
 """Steps of a job that is stopped from outside."""
 
 
 def lorry(gate: Gate, options: Json) -> None:
-    """The engine with one job and the settings of the service. A step may take several ticks."""
-    config = engine_config({"device": "cpu", "batch_invariant": True}, num_threads=options["threads"])
-    engine = Engine(load_base(Path(options["base"]), dtype=options["dtype"], device="cpu"), config)
-    job = job_config({"slice_tokens": SLICE_TOKENS["cpu"]} | options)
-    engine.admit("job", job, TokenDataset.load(Path(options["tokens"])))
-    _report_steps(gate, engine)
-
-
-def _report_steps(gate: Gate, engine: Engine) -> None:
+    """The engine with the settings of the service and `jobs` jobs. A turn lasts until each job has made a step."""
+    engine = engine_with_jobs(options)
     while True:
         gate.wait()
-        stepped = next(event for event in iter_events(engine) if isinstance(event, JobStepped))
-        gate.report(tokens=stepped.num_tokens, labels=stepped.num_supervised_tokens, loss=stepped.loss)
+        gate.report(**step_of_all(engine))
 
 
-def pack(gate: Gate, options: Json) -> None:
-    """The engine with the number of jobs in each request. One tick runs a step of each job."""
-    config = EngineConfig(token_budget=1 << 20, max_tick_seconds=3600, num_lanes=options["lanes"])
-    engine = Engine(load_base(Path(options["base"]), dtype=options["dtype"], device="cpu"), config)
-    rows = TokenDataset.load(Path(options["tokens"]))
-    while True:
-        wanted = gate.wait()["jobs"]
-        for index in range(wanted, len(engine.jobs())):
-            engine.evict(str(index))
-        for index in range(len(engine.jobs()), wanted):
-            engine.admit(str(index), job_config(options, seed=index), rows)
-        gate.restart()
-        events = [event for event in engine.tick() if isinstance(event, JobStepped)]
-        assert len(events) == wanted, "one slice per job, all in one tick"
-        gate.report(tokens=sum(event.num_tokens for event in events), bytes=memory("VmRSS"))
+def engine_with_jobs(options: Json) -> Engine:
+    if "tick_tokens" not in options:
+        options = options | _sizes_on_a_cpu(options["threads"])
+    sizes = {name: options[name] for name in ("job_tokens", "job_slices", "num_lanes") if name in options}
+    engine = Engine(base_model(options), EngineConfig(token_budget=options["tick_tokens"], **sizes))
+    for number in range(options.get("jobs", 1)):
+        engine.admit(str(number), job_config(options, seed=SEED + number), rows(options))
+    return engine
 
 
-def several(gate: Gate, options: Json) -> None:
-    """The engine with several jobs and the service's token budget per lane. A turn lasts until each has made a step."""
-    lanes = options["lanes"]
-    config = EngineConfig(token_budget=1024 * lanes, max_tick_seconds=1.0, num_lanes=lanes)
-    engine = Engine(load_base(Path(options["base"]), dtype=options["dtype"], device="cpu"), config)
-    rows = TokenDataset.load(Path(options["tokens"]))
-    for index in range(options["jobs"]):
-        engine.admit(str(index), job_config(options, seed=index), rows)
-    while True:
-        gate.wait()
-        due, num_tokens = set(engine.jobs()), 0
-        while due:
-            for event in engine.tick():
-                if isinstance(event, JobStepped):
-                    due.discard(event.job)
-                    num_tokens += event.num_tokens
-        gate.report(tokens=num_tokens, bytes=proportional_bytes())
+def _sizes_on_a_cpu(num_lanes: int) -> Json:
+    """Return the sizes of the service. The machine of the GPU kit lacks the packages that `catalog` needs."""
+    from catalog.resources import memory
+
+    return {
+        "tick_tokens": memory.tick_tokens("cpu", num_lanes=num_lanes),
+        "job_tokens": memory.MOST_JOB_TOKENS["cpu"],
+        "job_slices": 1 + memory.FURTHER_SLICES,
+        "slice_tokens": memory.SLICE_TOKENS["cpu"],
+        "num_lanes": num_lanes,
+    }
 
 
-def profiled(gate: Gate, options: Json) -> None:
-    """One step under torch's profiler after a plain one. Reports the seconds of each part, and of both steps."""
-    engine = Engine(load_base(Path(options["base"]), dtype=options["dtype"], device="cpu"), EngineConfig())
-    engine.admit("job", job_config(options), TokenDataset.load(Path(options["tokens"])))
-    events = iter_events(engine)
-
-    def step() -> JobStepped:
-        return next(event for event in events if isinstance(event, JobStepped))
-
-    step()
-    gc.disable()
-    while True:
-        gate.wait()
-        plain = step()
-        plain_seconds = gate.seconds()
-        parts, profiled_seconds, event = profile_of(engine.base, step)
-        gate.report(
-            parts=parts,
-            profiled_seconds=profiled_seconds,
-            plain_seconds_per_token=plain_seconds / plain.num_tokens,
-            tokens=event.num_tokens,
-            labels=event.num_supervised_tokens,
-        )
+def step_of_all(engine: Engine) -> Json:
+    """Run ticks until every job has made a step. Some jobs make two meanwhile, whose tokens count as well."""
+    due, steps, num_ticks = set(engine.jobs()), list[JobStepped](), 0
+    num_recomputed = engine.activations.num_checkpointed
+    while due:
+        for event in engine.tick():
+            if isinstance(event, JobDiverged):
+                raise RuntimeError(f"Job {event.job} diverged after step {event.step}: {event.message}")
+            if isinstance(event, JobStepped):
+                due.discard(event.job)
+                steps.append(event)
+        num_ticks += 1
+    return {
+        "tokens": sum(step.num_tokens for step in steps),
+        "labels": sum(step.num_supervised_tokens for step in steps),
+        "loss": steps[0].loss,
+        "ticks": num_ticks,
+        "recomputed_ticks": engine.activations.num_checkpointed - num_recomputed,
+    }
 
 
 def matrix(gate: Gate, options: Json) -> None:
     """The frozen matmuls alone, with the sizes of a step: the upper limit of this machine."""
-    base = load_base(Path(options["base"]), dtype=options["dtype"], device="cpu")
+    base = base_model(options)
     weights = [module.weight for module in base.model.modules() if isinstance(module, torch.nn.Linear)][:-1]
     num_tokens, flops = options["num_tokens"], 4 * options["num_tokens"] * sum(weight.numel() for weight in weights)
-    inputs = {size: torch.randn(num_tokens, size).to(base.dtype) for weight in weights for size in weight.shape}
+    sizes = {size for weight in weights for size in weight.shape}
+    inputs = {size: torch.randn(num_tokens, size, device=base.device).to(base.dtype) for size in sizes}
     while True:
         gate.wait()
         for weight in weights:
             torch.matmul(inputs[weight.shape[1]], weight.T)
             torch.matmul(inputs[weight.shape[0]], weight)
         gate.report(flops=flops, parameters=base.model.num_parameters())
+
+
+def base_model(options: Json) -> BaseModel:
+    folder, device = Path(options["base"]), options.get("device", "cpu")
+    if not is_random(folder):
+        return load_base(folder, dtype=options["dtype"], device=device)
+    model = plain_model(options).requires_grad_(False).eval()
+    return BaseModel(model=model, dtype=model.dtype, device=device)
 
 
 def job_config(options: Json, *, seed: int = SEED) -> JobConfig:
@@ -124,10 +103,9 @@ def job_config(options: Json, *, seed: int = SEED) -> JobConfig:
         batch_size=options["batch_size"],
         num_steps=ENDLESS,
         seed=seed,
-        slice_tokens=options.get("slice_tokens", 1024),
+        slice_tokens=options["slice_tokens"],
     )
 
 
-def iter_events(engine: Engine) -> Iterator[Event]:
-    while True:
-        yield from engine.tick()
+def rows(options: Json) -> TokenDataset:
+    return TokenDataset.load(Path(options["tokens"]))

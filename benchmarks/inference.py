@@ -9,11 +9,14 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median, quantiles
@@ -23,11 +26,13 @@ import openai
 
 from benchmarks.plan import Plan
 from benchmarks.results import Result
-from benchmarks.submission import NAME, PATIENCE_SECONDS, service
 from benchmarks.workload import ROOT
 from lorry import Lorry
 
 GOAL_SPEEDUP = 4.0
+NAME = "base"
+PATIENCE_SECONDS = 600.0
+STOP_SECONDS = 90.0
 POLL_SECONDS = 0.5
 CLIENT_SECONDS = 3600.0
 Value = TypeVar("Value")
@@ -49,7 +54,7 @@ class Answers:
 def run(plan: Plan) -> Result:
     sizes = plan.inference
     result = Result(theme="inference", settings=plan.settings() | {"dtype": "float32"} | sizes)
-    with service(plan.folder) as lorry:
+    with _service(plan.folder) as lorry:
         lorry.models.add(NAME, str(plan.workload.base), kind="folder")
         lorry.models.wait(NAME, timeout_seconds=PATIENCE_SECONDS)
         file = _upload(plan, lorry)
@@ -87,6 +92,37 @@ def run(plan: Plan) -> Result:
     result.find("Training during the streams", busy_rate, "steps/s")
     result.find("Training throughput lost", 100 * (1 - busy_rate / alone_rate), "%")
     return result
+
+
+@contextmanager
+def _service(folder: Path) -> Iterator[Lorry]:
+    """Run `lorry up` in a new data folder within `folder`, and stop it at the end."""
+    data_dir = Path(tempfile.mkdtemp(prefix="service-", dir=folder))
+    log = data_dir.with_suffix(".log")
+    argv = [sys.executable, "-m", "lorry", "up", "--json", "--devices", "cpu", "--data-dir", str(data_dir)]
+    with log.open("wb") as errors:
+        process = subprocess.Popen(
+            argv,
+            cwd=ROOT,
+            env={**os.environ, "LORRY_REQUESTS_PER_MINUTE": "0"},
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        )
+    try:
+        ready = process.stdout.readline() if process.stdout else ""
+        if not ready:
+            raise RuntimeError(f"the service did not start:\n{log.read_text('utf-8', 'replace')}")
+        with Lorry(data_dir=data_dir) as lorry:
+            yield lorry
+    finally:
+        process.terminate()
+        try:
+            process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)  # its workers as well
+            process.wait()
 
 
 def _conclude(result: Result, *, busy: Answers, quiet: Answers, single: Answers, peer: Answers) -> None:
@@ -250,7 +286,7 @@ def _peer(plan: Plan, folders: dict[str, Path], requests: Sequence[dict[str, Any
     }
     path = plan.folder / "peer.json"
     path.write_text(json.dumps(given), "utf-8")
-    argv = [sys.executable, "-W", "ignore", "-m", "benchmarks.inference.peft_generate", str(path)]
+    argv = [sys.executable, "-W", "ignore", "-m", "benchmarks.peft_generate", str(path)]
     with (plan.folder / "peer.log").open("wb") as log:
         printed = subprocess.run(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=log, check=True).stdout
     found = json.loads(printed)

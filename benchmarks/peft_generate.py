@@ -1,4 +1,4 @@
-"""`python -m benchmarks.inference.peft_generate FILE`: the peer, transformers and PEFT, which answers one request at a
+"""`python -m benchmarks.peft_generate FILE`: the peer, transformers and PEFT, which answers one request at a
 time.
 
 FILE is JSON: base (folder), adapters (folders by name), threads, and requests with adapter, messages and max_tokens.

@@ -1,1 +1,0 @@
-"""Benchmark of inference: many adapters and streams, compared with PEFT."""
