@@ -31,7 +31,7 @@ from benchmarks.gate import GPU_VARIABLES, Contender, Json
 from benchmarks.results import installed_version
 from benchmarks.workload import ROOT, write_tokens
 
-TESTS = "tests/lora_core/test_laws_on_gpu.py"
+TESTS = "tests/lora_core/engine/test_laws_on_gpu.py"
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "numba", "numpy")
 NO_GPU = """The kit needs a CUDA GPU, but torch finds none here.
 Run it on a machine with a GPU and a CUDA build of torch, or use --quick to check at toy sizes on a CPU that it runs.
