@@ -44,8 +44,6 @@ class JobState(StrEnum):
 FINAL_STATES = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
 UNFINISHED_STATES = frozenset(JobState) - FINAL_STATES
 """Queries name these states, so that an index finds the rows. A query for "not final" would scan all jobs."""
-CLAIMED_STATES = frozenset({JobState.VALIDATING_FILES, JobState.RUNNING})
-"""The only states in which a job can have a claim."""
 
 
 class Verb(StrEnum):

@@ -178,7 +178,6 @@ def job_row(accepted: Accepted, targets: Targets, *, project_id: str, created_by
         valid_prepared=validation and token_cache.key_of(project_id, base, validation, spec),
         attempt=0,
         counted_attempts=0,
-        lost_preparations=0,
         lease_extended=False,
         cancel_requested=False,
         pause_requested=False,

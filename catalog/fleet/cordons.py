@@ -21,7 +21,7 @@ from catalog.db.database import Database, read_clock, serialize
 from catalog.errors import Conflict, LorryError, NotFound
 from catalog.history import events
 from catalog.lifecycle import candidates, failures
-from catalog.states import CLAIMED_STATES, EndReason, JobState, reasons
+from catalog.states import EndReason, JobState, reasons
 from catalog.tables.fleet import Trainer, Worker, is_live
 from catalog.tables.history import Attempt, Checkpoint
 from catalog.tables.jobs import Job
@@ -433,7 +433,7 @@ def _note(
 
 def _notify_jobs(session: Session, worker: Worker, text: str, *, now: float) -> None:
     """Add an event to each job that the worker holds."""
-    claimed = (Job.state.in_(CLAIMED_STATES), Job.worker_id == worker.id, Job.claim_id.is_not(None))
+    claimed = (Job.state == JobState.RUNNING, Job.worker_id == worker.id, Job.claim_id.is_not(None))
     _add_events(session, worker, session.scalars(select(Job.id).where(*claimed).order_by(Job.id)).all(), text, now=now)
 
 

@@ -16,16 +16,16 @@ from sqlalchemy.orm import Session
 from catalog.db.database import Database, read_clock
 from catalog.fleet import cordons, views
 from catalog.fleet.views import WorkerState, WorkerView
-from catalog.lifecycle.recovery import Work
 from catalog.states import EndReason, JobState, PriorityClass
 from catalog.tables.history import JobEvent
 from catalog.tables.jobs import Job
+from catalog.tables.tasks import Task
 from catalog.tables.webhooks import WebhookDelivery
+from catalog.tasks.task_queue import TaskKind
 from catalog.usage import ledger
 
 MAX_COUNTED = 10_000
 """Upper limit of the reported number of pending deliveries."""
-HELD_IN: dict[Work, JobState] = {"training": JobState.RUNNING, "preparing": JobState.VALIDATING_FILES}
 NAMELESS = "unnamed"
 """Name for a loaded base model whose name was deleted."""
 Device = tuple[str, str]
@@ -42,10 +42,11 @@ class Numbers:
     """0 if no job is queued. Held jobs are not included."""
     claims: int
     attempts_ended: Mapping[EndReason, int]
-    leases: Mapping[Work, int]
+    leases: Mapping[str, int]
+    """Counts jobs in training, and jobs whose files are prepared."""
     leases_overdue: int
     """Expired leases that have not been reclaimed yet."""
-    leases_expired: Mapping[Work, int]
+    leases_expired: Mapping[str, int]
     trained_tokens: int
     """Trained tokens of succeeded jobs."""
     adapters: int
@@ -82,9 +83,9 @@ def read(db: Database) -> Numbers:
             oldest_wait_seconds=_oldest_waits(session, now=now),
             claims=kept.get(("claims", ""), 0),
             attempts_ended={reason: kept.get(("attempts_ended", reason.value), 0) for reason in EndReason},
-            leases={work: _num_leases(session, state) for work, state in HELD_IN.items()},
-            leases_overdue=sum(_num_leases(session, state, until=now) for state in HELD_IN.values()),
-            leases_expired={work: kept.get(("leases_expired", work), 0) for work in HELD_IN},
+            leases={"training": _num_leases(session), "preparing": _num_preparations(session)},
+            leases_overdue=_num_leases(session, until=now),
+            leases_expired={"training": kept.get(("leases_expired", "training"), 0)},
             trained_tokens=kept.get(("trained_tokens", ""), 0),
             adapters=kept.get(("adapters", ""), 0),
             events=session.scalar(select(func.max(JobEvent.seq))) or 0,
@@ -114,9 +115,14 @@ def _oldest_waits(session: Session, *, now: float) -> dict[PriorityClass, float]
     }
 
 
-def _num_leases(session: Session, state: JobState, *, until: float | None = None) -> int:
-    leased = select(func.count()).select_from(Job).where(Job.state == state, Job.lease_expires_at > 0)
+def _num_leases(session: Session, *, until: float | None = None) -> int:
+    leased = select(func.count()).select_from(Job).where(Job.state == JobState.RUNNING, Job.lease_expires_at > 0)
     return session.scalar(leased if until is None else leased.where(Job.lease_expires_at <= until)) or 0
+
+
+def _num_preparations(session: Session) -> int:
+    claimed = (Task.kind == TaskKind.PREPARATION, Task.claim_id.is_not(None))
+    return session.scalar(select(func.count()).select_from(Task).where(*claimed)) or 0
 
 
 def _jobs_of_bases(session: Session) -> Counter[str]:

@@ -13,8 +13,7 @@ from catalog.db.database import Database, read_clock
 from catalog.fleet import compatibility, cordons
 from catalog.lifecycle import recovery
 from catalog.lifecycle.outcomes import end_attempt
-from catalog.lifecycle.preparation import free
-from catalog.states import CLAIMED_STATES, EndReason, JobState
+from catalog.states import EndReason, JobState
 from catalog.tables.fleet import SILENT_SECONDS, Trainer, Worker
 from catalog.tables.jobs import Job
 from catalog.tables.table import Json
@@ -99,13 +98,10 @@ def end_worker(db: Database, worker_id: str) -> None:
             return
         worker.ended_at = now
         worker.resident_base = worker.trainer_id = None
-        claimed = (Job.state.in_(CLAIMED_STATES), Job.worker_id == worker_id, Job.claim_id.is_not(None))
+        claimed = (Job.state == JobState.RUNNING, Job.worker_id == worker_id, Job.claim_id.is_not(None))
         locked = session.scalars(select(Job).where(*claimed).order_by(Job.id).with_for_update())
         for job in recovery.in_lock_order(locked):
-            if job.state == JobState.RUNNING:
-                end_attempt(session, job, reason=EndReason.DRAINED, detail=f"Worker {worker_id} shut down.", now=now)
-            else:
-                free(job)
+            end_attempt(session, job, reason=EndReason.DRAINED, detail=f"Worker {worker_id} shut down.", now=now)
         _close_trainers(session, worker_id, now=now)
 
 

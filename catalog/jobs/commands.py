@@ -158,7 +158,7 @@ def resume(db: Database, *, project_id: str, job_id: str, is_client_retry: bool 
         quotas.check_resumption(session, job.project_id, now=now)
         _note(session, "job.resumed", job, now=now)
         move(session, job, Verb.RESUME, now=now, message="The job was resumed.")
-        job.counted_attempts = job.lost_attempts = job.lost_preparations = 0
+        job.counted_attempts = job.lost_attempts = 0
         job.resumed_at = now
         if _is_prepared(session, job):
             requirements.note(session, job)

@@ -29,6 +29,9 @@ from catalog.tables.history import Attempt
 from catalog.tables.jobs import Job
 from catalog.tables.storage import BaseModelRow
 from catalog.tables.table import Json
+from catalog.tables.tasks import Task
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import TaskKind
 from catalog.usage import quotas
 from catalog.usage.quotas import QuotaStatus
 
@@ -49,7 +52,7 @@ def explain(db: Database, *, project_id: str, job_id: str, policy: Policy = USUA
         now = read_clock(session)
         match JobState(job.state):
             case JobState.VALIDATING_FILES:
-                sentence, facts = _validating(session, job, now=now)
+                sentence, facts = _validating(session, job, now=now, policy=policy)
             case JobState.QUEUED:
                 sentence, facts = _queued(session, job, now=now, policy=policy, sees_all=sees_all)
             case JobState.RUNNING:
@@ -78,7 +81,7 @@ def _trial_facts(session: Session, job: Job) -> tuple[Json | None, str]:
     return {**facts, "stopped": trial.stopped}, f"It is trial {trial.number} of sweep {trial.sweep_id}.{stopped}"
 
 
-def _validating(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
+def _validating(session: Session, job: Job, *, now: float, policy: Policy) -> tuple[str, Json]:
     residents = views.residents(session, now=now)
     facts: Json = {
         "worker_id": job.worker_id,
@@ -86,14 +89,16 @@ def _validating(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
         "live_workers": len(residents),
         "closed_workers": availability.facts(residents),
     }
-    if job.claim_id is not None:
+    task = session.get_one(Task, (TaskKind.PREPARATION, job.id))
+    if task.claim_id is not None:
         return f"Worker {job.worker_id} is tokenizing its files.", facts
-    if job.run_after is not None and job.run_after > now:
-        return f"Tokenization of its files will be retried in {job.run_after - now:.0f} s.", facts
-    unclaimed = (Job.state == JobState.VALIDATING_FILES, Job.claim_id.is_(None))
-    is_earlier = or_(Job.priority < job.priority, and_(Job.priority == job.priority, Job.created_at < job.created_at))
-    own = select(func.count()).where(*unclaimed, Job.project_id == job.project_id, is_earlier)
-    others = select(Job.project_id).where(*unclaimed, Job.project_id != job.project_id).limit(1)
+    if task.run_after > now:
+        return f"Tokenization of its files will be retried in {task.run_after - now:.0f} s.", facts
+    unclaimed = (Task.kind == TaskKind.PREPARATION, Task.claim_id.is_(None))
+    place = task_queue.place(policy.priority_aging_seconds)
+    is_earlier = place < task.run_after + task.priority * policy.priority_aging_seconds
+    own = select(func.count()).where(*unclaimed, Task.project_id == job.project_id, is_earlier)
+    others = select(Task.project_id).where(*unclaimed, Task.project_id != job.project_id).limit(1)
     facts["ahead"] = session.scalar(own) or 0
     facts["is_shared_with_other_projects"] = session.scalar(others) is not None
     if not facts["live_workers"]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
-from typing import cast as cast_to
 
 from sqlalchemy import (
     CTE,
@@ -31,7 +30,7 @@ from sqlalchemy.orm import Session, aliased
 
 from catalog.db.database import each_of, is_sqlite
 from catalog.resources.sharding import GATHERED_BLOCKS, SINGLE, DeviceGroup, ShardingStrategy, ShardsWhen
-from catalog.scheduling.snapshot import Candidate, Unprepared
+from catalog.scheduling.snapshot import Candidate
 from catalog.states import MAX_ENDS_IN_COMPANY, JobState, PriorityClass, is_suspect
 from catalog.tables.jobs import Job
 from catalog.tables.tenancy import Project
@@ -90,27 +89,6 @@ def waiting(
     return [_candidate(row) for row in rows if row.project_id not in limited_projects]
 
 
-def to_prepare(session: Session, *, now: float) -> list[Unprepared]:
-    """Return the first job of each project and class whose files wait for preparation, unsorted."""
-    rows = session.execute(_to_prepare(for_sqlite=is_sqlite(session)), {"now": now, "per_group": 1})
-    names = ("job_id", "project_id", "priority", "created_at", "preparing_at")
-    return [
-        Unprepared(
-            **{name: getattr(row, name) for name in names},
-            class_prepared_at=float(prepared.get(str(row.priority), 0.0)),
-        )
-        for row in rows
-        for prepared in [cast_to(dict[str, float], row.class_prepared_at or {})]
-    ]
-
-
-def is_unprepared(job: type[Job], now: float | ColumnElement[float]) -> tuple[ColumnElement[bool], ...]:
-    """Conditions for jobs whose files wait for preparation and are not leased to a worker."""
-    # `claim_id IS NULL` would make SQLite read all unclaimed jobs from the index of claims.
-    is_free = func.coalesce(job.claim_id, "") == ""
-    return (job.state == JobState.VALIDATING_FILES, is_free, is_due(job, now))
-
-
 def is_due(job: type[Job], now: float | ColumnElement[float]) -> ColumnElement[bool]:
     """Condition for jobs that are not in a back-off after a failed attempt."""
     return or_(job.run_after.is_(None), job.run_after <= now)
@@ -149,19 +127,6 @@ def _waiting(wanted: CandidateFilter, *, for_sqlite: bool) -> Select[*tuple[Any,
     rows = each_of(groups, _firsts(groups, job, conditions), job, names, for_sqlite=for_sqlite).subquery()
     with_project = rows.join(Project, Project.id == rows.c.project_id)
     return select(*rows.c, quotas.CAN_HOLD.label("is_limited")).select_from(with_project)
-
-
-@cache
-def _to_prepare(*, for_sqlite: bool) -> Select[*tuple[Any, ...]]:
-    groups, job = _groups(JobState.VALIDATING_FILES), aliased(Job)
-    firsts = _firsts(groups, job, [*is_unprepared(job, bindparam("now"))])
-    rows = each_of(
-        groups, firsts, job, ("id", "project_id", "priority", "created_at"), for_sqlite=for_sqlite
-    ).subquery()
-    preparing_at = func.coalesce(Project.preparing_at, 0.0).label("preparing_at")
-    with_project = rows.join(Project, Project.id == rows.c.project_id)
-    columns = (rows.c.id.label("job_id"), rows.c.project_id, rows.c.priority, rows.c.created_at)
-    return select(*columns, preparing_at, Project.class_prepared_at).select_from(with_project)
 
 
 @cache

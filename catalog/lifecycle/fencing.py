@@ -14,9 +14,9 @@ from catalog.states import JobState
 from catalog.tables.jobs import Job
 
 
-def hold(session: Session, claim_id: str, *, state: JobState = JobState.RUNNING) -> Job:
-    """Return the job that `claim_id` holds in `state`, locked until the transaction ends. Raises StaleClaim."""
-    row = select(Job).where(Job.claim_id == claim_id, Job.state == state)
+def hold(session: Session, claim_id: str) -> Job:
+    """Return the job that `claim_id` holds, locked until the transaction ends. Raises StaleClaim."""
+    row = select(Job).where(Job.claim_id == claim_id, Job.state == JobState.RUNNING)
     job = session.scalar(row.with_for_update(of=Job))
     if job is None:
         raise StaleClaim(claim_id)

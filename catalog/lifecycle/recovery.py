@@ -11,25 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache
-from typing import Literal
 
 from sqlalchemy import Select, and_, exists, or_, select
 from sqlalchemy.orm import Session
 
 from catalog.db.database import Database, clock_column, clock_given, read_clock, skip_locked, upsert
 from catalog.lifecycle.outcomes import end_attempt
-from catalog.lifecycle.preparation import lose_preparation
-from catalog.states import CLAIMED_STATES, EndReason, JobState
+from catalog.states import EndReason, JobState
 from catalog.tables.fleet import DatabaseHeartbeat, Worker
 from catalog.tables.jobs import Job
 from catalog.usage import ledger
 
-Work = Literal["training", "preparing"]
-CLAIMED = (Job.state.in_(CLAIMED_STATES), Job.claim_id.is_not(None))
+CLAIMED = (Job.state == JobState.RUNNING, Job.claim_id.is_not(None))
 
 
 def expire(db: Database, *, lease_seconds: float) -> int:
-    """End or release every claim whose lease has expired by the database's clock. Returns their number.
+    """End every claim whose lease has expired by the database's clock. Returns their number.
 
     lease_seconds: the length of a lease, to which leases are extended after an outage of the database. Any process may
     call this at any time.
@@ -45,14 +42,9 @@ def expire(db: Database, *, lease_seconds: float) -> int:
         past = list(session.scalars(select(Job.id).where(*is_past)))
         locked = skip_locked(select(Job).where(Job.id.in_(past), *is_past).order_by(Job.id))
         expired = list(session.scalars(locked))
-        for job in expired:
-            ledger.count(session, "leases_expired", work_of(job))
+        for _ in expired:
+            ledger.count(session, "leases_expired", "training")
         return _lose(session, expired, now=now)
-
-
-def work_of(job: Job) -> Work:
-    """Return the kind of work for which the job is claimed."""
-    return "training" if job.state == JobState.RUNNING else "preparing"
 
 
 def observe(db: Database, *, lease_seconds: float) -> None:
@@ -86,7 +78,7 @@ def _observe(session: Session, *, now: float, lease_seconds: float) -> None:
 
 
 def lose_worker(session: Session, worker_id: str, *, detail: str, now: float) -> int:
-    """End or release all claims of a worker whose process is known to be gone. Returns their number.
+    """End all claims of a worker whose process is known to be gone. Returns their number.
 
     detail: the sentence with which their attempts end.
     """
@@ -138,8 +130,5 @@ def _lose(session: Session, claimed: Iterable[Job], *, detail: str | None = None
     jobs = in_lock_order(claimed)
     for job in jobs:
         cause = detail or f"Worker {job.worker_id} stopped sending heartbeats."
-        if job.state == JobState.RUNNING:
-            end_attempt(session, job, reason=EndReason.INFRA_LOST, detail=cause, now=now)
-        else:
-            lose_preparation(session, job, detail=cause, now=now)
+        end_attempt(session, job, reason=EndReason.INFRA_LOST, detail=cause, now=now)
     return len(jobs)

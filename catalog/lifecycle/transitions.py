@@ -16,6 +16,8 @@ from catalog.history import events, tracker_runs
 from catalog.search import trials
 from catalog.states import FINAL_STATES, EndReason, JobState, Verb, next_state
 from catalog.tables.jobs import Job
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import TaskKind
 from catalog.usage import ledger
 from catalog.webhooks import outbox
 
@@ -100,6 +102,11 @@ def _record(
 ) -> None:
     data = {"from": before, "to": job.state, "verb": verb, "reason": reason}
     events.add(session, job.id, now=now, message=message, level=level, type="transition", data=data)
+    if before is JobState.VALIDATING_FILES:
+        task_queue.remove(session, TaskKind.PREPARATION, job.id)
+    if job.state == JobState.VALIDATING_FILES:
+        kind, project_id = TaskKind.PREPARATION, job.project_id
+        task_queue.add(session, kind, job.id, project_id=project_id, run_after=now, priority=job.priority)
     for observe in OBSERVERS:
         observe(session, job, before, now=now)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from sqlalchemy.orm import Session
 
 from catalog.admission.target_layers import retried
@@ -17,29 +15,31 @@ from catalog.tables.plans import FileOverlap, Plan
 from catalog.tables.storage import BaseModelRow, File
 from catalog.tables.table import Json
 from catalog.tasks import task_queue
-from catalog.tasks.task_queue import TaskClaim, TaskKind
+from catalog.tasks.task_queue import TaskClaim
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PlanClaim:
-    """A plan that this worker computes."""
+def begin(db: Database, task: TaskClaim) -> FilesToPrepare | None:
+    """Return the files of a claimed plan. Raises StaleClaim.
 
-    task: TaskClaim
-    files: FilesToPrepare
-
-
-def claim(db: Database, *, worker_id: str, lease_seconds: float) -> PlanClaim | None:
-    """Claim the next waiting plan for this worker. Returns None if no plan waits."""
-    while True:
-        task = task_queue.claim(db, [TaskKind.PLAN], worker_id=worker_id, lease_seconds=lease_seconds)
-        if task is None:
+    Returns None if the plan can't be computed any more. Then it has failed.
+    """
+    with db.write() as session:
+        plan = task_queue.hold(session, task, Plan)
+        error = _hindrance(session, plan, task)
+        if error is not None:
+            plan.state, plan.error = "failed", error
+            task_queue.finish(session, task)
             return None
-        with db.write() as session:
-            plan = task_queue.hold(session, task, Plan)
-            error = _hindrance(session, plan, task)
-            if error is None:
-                return _claim(session, plan, task)
-            _fail(session, plan, task, error)
+        return FilesToPrepare(
+            project_id=plan.project_id,
+            base=session.get_one(BaseModelRow, plan.base_model),
+            base_digest=plan.base_digest,
+            spec=JobSpec.model_validate(plan.spec),
+            training=session.get_one(File, plan.training_file),
+            train_key=plan.train_prepared,
+            validation=session.get_one(File, plan.validation_file) if plan.validation_file else None,
+            valid_key=plan.valid_prepared,
+        )
 
 
 def record_overlap(db: Database, *, train_key: str, valid_key: str, num_rows: int, of_rows: int) -> None:
@@ -88,21 +88,6 @@ def fail(db: Database, task: TaskClaim, *, error: Json) -> None:
             plan.state, plan.error = "failed", error
 
 
-def _claim(session: Session, plan: Plan, task: TaskClaim) -> PlanClaim:
-    validation = session.get_one(File, plan.validation_file) if plan.validation_file else None
-    files = FilesToPrepare(
-        project_id=plan.project_id,
-        base=session.get_one(BaseModelRow, plan.base_model),
-        base_digest=plan.base_digest,
-        spec=JobSpec.model_validate(plan.spec),
-        training=session.get_one(File, plan.training_file),
-        train_key=plan.train_prepared,
-        validation=validation,
-        valid_key=plan.valid_prepared,
-    )
-    return PlanClaim(task=task, files=files)
-
-
 def _hindrance(session: Session, plan: Plan, task: TaskClaim) -> Json | None:
     """The error of a plan that can no longer be computed, or None."""
     if task.is_exhausted:
@@ -119,8 +104,3 @@ def _hindrance(session: Session, plan: Plan, task: TaskClaim) -> Json | None:
             message = f"File {file_id} was deleted. Upload it again, and create a new plan with the new file's ID."
             return {"code": "file_not_found", "message": message, "param": param}
     return None
-
-
-def _fail(session: Session, plan: Plan, task: TaskClaim, error: Json) -> None:
-    plan.state, plan.error = "failed", error
-    task_queue.finish(session, task)

@@ -1,8 +1,8 @@
 """A worker's operations on a claim: renew, start, end and complete it. claiming.py creates claims.
 
 A claim gives one job to one worker, and its id is the fencing token of every later write. If no job has that id, the
-write raises StaleClaim, because another attempt may have the job, and the worker writes nothing more. The modules
-preparation.py and recording.py in catalog/lifecycle use the same fence.
+write raises StaleClaim, because another attempt may have the job, and the worker writes nothing more.
+catalog/lifecycle/recording.py uses the same fence.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class ClaimDirectives:
 def heartbeat(
     db: Database, *, worker_id: str, claim_ids: Collection[str], lease_seconds: float, policy: Policy = USUAL
 ) -> dict[str, ClaimDirectives]:
-    """Renew the leases of the claims that are still valid, for training and preparation, and return their directives.
+    """Renew the leases of the claims that are still valid, and return their directives.
 
     Also charges the running jobs, and then checks whether jobs must be preempted.
     """

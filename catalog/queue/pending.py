@@ -3,7 +3,7 @@ exports."""
 
 from __future__ import annotations
 
-from sqlalchemy import Select, and_, or_, select
+from sqlalchemy import Select, or_, select
 
 from catalog.db import lease
 from catalog.db.database import Database, read_clock
@@ -13,7 +13,7 @@ from catalog.tables.jobs import Job
 from catalog.tasks import task_queue
 from catalog.tasks.task_queue import TaskKind
 
-WORKER_TASKS = (TaskKind.IMPORT, TaskKind.PLAN, TaskKind.EXPORT)
+WORKER_TASKS = (TaskKind.IMPORT, TaskKind.PLAN, TaskKind.PREPARATION, TaskKind.EXPORT)
 
 
 def has_work(db: Database) -> bool:
@@ -21,13 +21,9 @@ def has_work(db: Database) -> bool:
     with db.read() as session:
         now = read_clock(session)
         is_due = or_(Job.run_after.is_(None), Job.run_after <= now)
-        is_unclaimed = and_(Job.state.in_((JobState.QUEUED, JobState.VALIDATING_FILES)), Job.claim_id.is_(None))
-        jobs = select(Job.id).where(is_unclaimed, is_due, or_(~Job.is_held, Job.state != JobState.QUEUED)).limit(1)
-        others = (
-            task_queue.due(WORKER_TASKS, now=now).limit(1),
-            first_request(now=now),
-        )
-        return any(session.scalar(some) is not None for some in (jobs, *others))
+        jobs = select(Job.id).where(Job.state == JobState.QUEUED, ~Job.is_held, is_due).limit(1)
+        tasks = task_queue.due(WORKER_TASKS, now=now).limit(1)
+        return any(session.scalar(some) is not None for some in (jobs, tasks, first_request(now=now)))
 
 
 def first_request(*, now: float) -> Select[InferenceRequest]:

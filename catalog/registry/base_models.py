@@ -203,13 +203,25 @@ def _known(session: Session, wanted: str) -> str:
     return f"{available} Or ask an operator to add one under this name: `lorry models add {name} SOURCE`."
 
 
-def claim_import(db: Database, *, worker_id: str, lease_seconds: float) -> tuple[BaseModelRow, TaskClaim] | None:
-    """Claim the import of a base model. Returns its row and the claim, or None if none waits."""
-    task = task_queue.claim(db, [TaskKind.IMPORT], worker_id=worker_id, lease_seconds=lease_seconds)
-    if task is None:
+def begin_import(db: Database, task: TaskClaim) -> BaseModelRow | None:
+    """Return the base model of a claimed task.
+
+    Returns None if the workers of all attempts were lost. Then the import has failed. Raises StaleClaim.
+    """
+    with db.write() as session:
+        row = task_queue.hold(session, task, BaseModelRow)
+        if not task.is_exhausted:
+            return row
+        row.state = "failed"
+        row.error = {
+            "code": "import_lost",
+            "message": f"The import of base model {row.name!r} failed: {task.num_attempts - 1} workers were lost while "
+            "they made it.",
+            "remedy": "Check the logs of the workers and their free memory and disk space. Then add the same model "
+            "again.",
+        }
+        task_queue.finish(session, task)
         return None
-    with db.read() as session:
-        return session.get_one(BaseModelRow, task.subject), task
 
 
 def finish_import(db: Database, task: TaskClaim, *, digest: str, manifest: Json, description: Json) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
-from catalog.scheduling.snapshot import USUAL, Candidate, Policy, Share, Unprepared, WorkerService
+from catalog.scheduling.snapshot import USUAL, Candidate, Policy, Share, WorkerService
 from catalog.states import PriorityClass
 
 
@@ -86,24 +86,6 @@ def order(
         ranked += _ranked(standing, share, policy)
     ranked.sort(key=lambda row: row.key)
     return [_queue_entry(row, position, now=now, policy=policy) for position, row in enumerate(ranked, start=1)]
-
-
-def first_to_prepare(waiting: Collection[Unprepared], now: float, *, policy: Policy = USUAL) -> Unprepared:
-    """Return the job whose files are prepared next. `waiting`: the first jobs of each project and class.
-
-    The project that has waited longest for a preparation is first, whatever the classes of its jobs. Its jobs are
-    ordered by class, with priority aging as in the queue.
-    """
-    projects: defaultdict[str, dict[int, Unprepared]] = defaultdict(dict)
-    for one in sorted(waiting, key=lambda one: (one.created_at, one.job_id)):
-        projects[one.project_id].setdefault(one.priority, one)
-
-    def within(one: Unprepared) -> tuple[int, int]:
-        waited = now - max(one.created_at, one.class_prepared_at if one.class_prepared_at <= now else -math.inf)
-        return _promoted(one.priority, waited, policy), -one.priority
-
-    firsts = [min(classes.values(), key=within) for classes in projects.values()]
-    return min(firsts, key=lambda one: (one.preparing_at, one.created_at, one.job_id))
 
 
 def of_project(

@@ -109,20 +109,6 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Unprepared:
-    """A job whose files are not prepared yet: the first of its project and class."""
-
-    job_id: str
-    project_id: str
-    priority: int
-    created_at: float
-    preparing_at: float
-    """When its project last had files prepared; 0: never."""
-    class_prepared_at: float = 0.0
-    """When its project last had files of this class prepared; 0: never."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Share:
     """The fair-share weight of a project and its recent usage."""
 

@@ -21,7 +21,7 @@ them."""
 
 
 class Job(Leased, Table):
-    """A job. It is leased to the worker that tokenizes its files, and later to the worker that trains it."""
+    """A job. It is leased to the worker that trains it. Before, its files are tokenized by a background task."""
 
     __tablename__ = "jobs"
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -105,8 +105,6 @@ class Job(Leased, Table):
     lost_attempts: Mapped[int] = mapped_column(Integer, default=0, server_default="0")
     """Attempts whose worker was lost since the last new checkpoint. They don't count as `counted_attempts`, although
     the job may be the cause."""
-    lost_preparations: Mapped[int] = mapped_column(default=0)
-    """Times that a worker was lost while it prepared the files, or failed to prepare them."""
     resumed_at: Mapped[float | None]
     """When it was last resumed after a pause. Earlier attempts do not count against the job."""
     worker_id: Mapped[str | None]

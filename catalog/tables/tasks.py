@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import ForeignKey, Index
+from sqlalchemy import ForeignKey, Index, Integer
 from sqlalchemy.orm import Mapped, mapped_column
 
 from catalog.tables.table import Leased, Table
@@ -21,6 +21,8 @@ class Task(Leased, Table):
     """None: it belongs to no project."""
     run_after: Mapped[float]
     """When the next attempt is due."""
+    priority: Mapped[int] = mapped_column(Integer, default=0)
+    """Class among the tasks of the project; the lowest is first, with aging (task_queue.AGING_SECONDS)."""
     num_attempts: Mapped[int] = mapped_column(default=0)
     """Attempts that count toward the kind's maximum, with the current one."""
     __table_args__ = (Index(None, "kind", "run_after"),)

@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import JSON, Boolean, ForeignKey, Index, Integer, text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from catalog.tables.table import Json, Table
+from catalog.tables.table import Table
 
 PLANS_PER_DAY = 500
 """Default of `Project.max_plans_per_day`."""
@@ -45,10 +45,6 @@ class Project(Table):
     max_stored_bytes: Mapped[int | None]
     max_plans_per_day: Mapped[int | None] = mapped_column(default=PLANS_PER_DAY, server_default=str(PLANS_PER_DAY))
     max_tokens_per_day: Mapped[int | None]
-    preparing_at: Mapped[float | None]
-    """When a worker last claimed files of one of its jobs to prepare them. The project that waited longest is next."""
-    class_prepared_at: Mapped[Json | None] = mapped_column(JSON(none_as_null=True))
-    """`preparing_at` for each priority class: {class, as text: time}."""
 
 
 class ProjectUsage(Table):

@@ -17,7 +17,7 @@ from enum import StrEnum
 from functools import partial
 from typing import TypeVar
 
-from sqlalchemy import Select, and_, delete, func, or_, select
+from sqlalchemy import ColumnElement, Select, and_, delete, func, or_, select
 from sqlalchemy.orm import DeclarativeBase, Session
 
 from catalog.db import lease
@@ -30,11 +30,15 @@ SubjectT = TypeVar("SubjectT", bound=DeclarativeBase)
 FIRST_WAIT_SECONDS = 10.0
 """Wait after the first failed attempt."""
 MAX_WAIT_SECONDS = 3600.0
+AGING_SECONDS = 3600.0
+"""A task counts as one class higher for each AGING_SECONDS that it has waited, unless settings differ."""
 
 
 class TaskKind(StrEnum):
     IMPORT = "base_model_import"
     PLAN = "plan"
+    PREPARATION = "preparation"
+    """Tokenizes the files of a job."""
     EXPORT = "export"
     BATCH = "batch"
     ENDPOINT = "serving_endpoint"
@@ -48,7 +52,9 @@ class TaskKind(StrEnum):
 
 
 MAX_ATTEMPTS: Mapping[TaskKind, int] = {
+    TaskKind.IMPORT: 5,
     TaskKind.PLAN: 5,
+    TaskKind.PREPARATION: 5,
     TaskKind.EXPORT: 3,
     **dict.fromkeys((TaskKind.TRACK_WANDB, TaskKind.TRACK_MLFLOW, TaskKind.TRACK_TENSORBOARD), 8),
 }
@@ -62,7 +68,6 @@ class TaskClaim:
     claim_id: str
     kind: TaskKind
     subject: str
-    project_id: str | None
     num_attempts: int
     """Number of this attempt, from 1."""
 
@@ -72,10 +77,12 @@ class TaskClaim:
         return self.num_attempts > MAX_ATTEMPTS[self.kind]
 
 
-def add(session: Session, kind: TaskKind, subject: str, *, project_id: str | None, run_after: float) -> None:
+def add(
+    session: Session, kind: TaskKind, subject: str, *, project_id: str | None, run_after: float, priority: int = 0
+) -> None:
     """Add a task that is due at `run_after`. If it exists, it is due then at the latest."""
-    row = {"kind": kind, "subject": subject, "project_id": project_id, "run_after": run_after, "num_attempts": 0}
-    lower(session, Task, row, "run_after")
+    row = {"kind": kind, "subject": subject, "project_id": project_id, "run_after": run_after}
+    lower(session, Task, {**row, "priority": priority, "num_attempts": 0}, "run_after")
 
 
 def add_at_the_end(session: Session, kind: TaskKind, subject: str, *, project_id: str, run_after: float) -> None:
@@ -106,9 +113,10 @@ def claim(
     worker_id: str | None = None,
     skipping: Collection[str] = (),
     skipping_projects: Collection[str] = (),
+    aging_seconds: float = AGING_SECONDS,
 ) -> TaskClaim | None:
-    """Claim the next due task; None if there is none. The projects take turns, so that no project's tasks wait behind
-    all those of another. A project's tasks are claimed in the order in which they are due.
+    """Claim the next due task; None if there is none. Projects and kinds take turns, so that no project's tasks wait
+    behind all those of another. A project's tasks of one kind are claimed in the order of `place`.
 
     worker_id: a worker that is draining or cordoned gets none. skipping, skipping_projects: subjects and projects that
     are left to other processes.
@@ -127,7 +135,8 @@ def claim(
             return None
         is_of_project = and_(TaskTurn.kind == Task.kind, TaskTurn.project_id == Task.project_id)
         in_turn = due(kinds, now=now).where(is_wanted).outerjoin(TaskTurn, is_of_project)
-        order = (func.coalesce(TaskTurn.claimed_at, 0.0), Task.run_after, Task.kind, Task.subject)
+        turn = func.coalesce(TaskTurn.claimed_at, 0.0)
+        order = (turn, place(aging_seconds), Task.kind, Task.subject)
         task = session.scalar(skip_locked(in_turn.order_by(*order).limit(1), of=Task))
         if task is None:
             return None
@@ -138,9 +147,13 @@ def claim(
             claim_id=lease.acquire(task, now=now, lease_seconds=lease_seconds, prefix="task"),
             kind=TaskKind(task.kind),
             subject=task.subject,
-            project_id=task.project_id,
             num_attempts=task.num_attempts,
         )
+
+
+def place(aging_seconds: float) -> ColumnElement[float]:
+    """Return the sort key of a project's tasks of one kind: when they were due, and later for lower classes."""
+    return Task.run_after + Task.priority * aging_seconds
 
 
 def progress(session: Session, claimed: TaskClaim, *, lease_seconds: float) -> None:

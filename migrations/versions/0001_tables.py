@@ -122,8 +122,6 @@ def _create_tenancy() -> None:
         sa.Column("max_stored_bytes", sa.BigInteger(), nullable=True),
         sa.Column("max_plans_per_day", sa.BigInteger(), server_default="500", nullable=True),
         sa.Column("max_tokens_per_day", sa.BigInteger(), nullable=True),
-        sa.Column("preparing_at", sa.Float(precision=53), nullable=True),
-        sa.Column("class_prepared_at", sa.JSON(none_as_null=True), nullable=True),
         sa.ForeignKeyConstraint(
             ["organization_id"], ["organizations.id"], name=op.f("fk_projects_organization_id_organizations")
         ),
@@ -348,7 +346,6 @@ def _create_jobs() -> None:
         sa.Column("attempt", sa.BigInteger(), nullable=False),
         sa.Column("counted_attempts", sa.BigInteger(), nullable=False),
         sa.Column("lost_attempts", sa.Integer(), server_default="0", nullable=False),
-        sa.Column("lost_preparations", sa.BigInteger(), nullable=False),
         sa.Column("resumed_at", sa.Float(precision=53), nullable=True),
         sa.Column("claim_id", sa.String(length=255), nullable=True),
         sa.Column("worker_id", sa.String(length=255), nullable=True),
@@ -1114,6 +1111,7 @@ def _create_tasks() -> None:
         sa.Column("subject", sa.String(length=255), nullable=False),
         sa.Column("project_id", sa.String(length=255), nullable=True),
         sa.Column("run_after", sa.Float(precision=53), nullable=False),
+        sa.Column("priority", sa.Integer(), nullable=False),
         sa.Column("num_attempts", sa.BigInteger(), nullable=False),
         sa.Column("claim_id", sa.String(length=255), nullable=True),
         sa.Column("lease_expires_at", sa.Float(precision=53), nullable=True),

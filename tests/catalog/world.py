@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 from typing import cast as cast_to
 
@@ -16,7 +17,9 @@ from catalog.fleet import workers
 from catalog.history import queries
 from catalog.jobs import commands, submission
 from catalog.lifecycle import preparation
+from catalog.lifecycle.preparation import FilesToPrepare
 from catalog.pepper import Pepper
+from catalog.plans import claims as plan_claims
 from catalog.queue import claiming, claims
 from catalog.queue.claiming import Claim
 from catalog.registry import base_models
@@ -72,6 +75,32 @@ def claim_import_of(db: Database, name: str) -> TaskClaim:
     with db.read() as session:
         others = session.scalars(select(Task.subject).where(Task.subject != name)).all()
     return claim_task(db, TaskKind.IMPORT, skipping=others)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preparing:
+    """A claimed job or plan whose files are prepared. job: None for a plan."""
+
+    task: TaskClaim
+    files: FilesToPrepare
+    job: Job | None = None
+
+
+def begin_preparation(db: Database, worker_id: str = "w1") -> Preparing | None:
+    """Claim the next job whose files wait for preparation."""
+    task = try_claim(db, TaskKind.PREPARATION, worker_id)
+    begun = task and preparation.begin(db, task, worker_id=worker_id)
+    return Preparing(task=task, job=begun[0], files=begun[1]) if task and begun else None
+
+
+def begin_plan(db: Database, worker_id: str = "w1") -> Preparing | None:
+    task = try_claim(db, TaskKind.PLAN, worker_id)
+    files = task and plan_claims.begin(db, task)
+    return Preparing(task=task, files=files) if task and files else None
+
+
+def try_claim(db: Database, kind: TaskKind, worker_id: str = "w1") -> TaskClaim | None:
+    return task_queue.claim(db, [kind], worker_id=worker_id, lease_seconds=LEASE)
 
 
 def claim_task(db: Database, kind: TaskKind, *, worker_id: str = "w1", skipping: Collection[str] = ()) -> TaskClaim:
@@ -185,13 +214,13 @@ class World:
         return worker_id
 
     def prepare_all(self, num_steps: int = 60, longest_example: int | None = None) -> None:
-        while unprepared := preparation.next_unprepared(self.db, worker_id="preparer", lease_seconds=LEASE):
+        while unprepared := begin_preparation(self.db, "preparer"):
             key, digest = unprepared.files.train_key, unprepared.files.training.digest
-            tokens, project_id = manifest(f"tokens {digest}", kind="tokens"), unprepared.job.project_id
+            tokens, project_id = manifest(f"tokens {digest}", kind="tokens"), unprepared.files.project_id
             if token_cache.get(self.db, key) is None:
                 self.put_tokens(key, file_digest=digest, artifact=tokens, report=REPORT, project_id=project_id)
             found = {"num_steps": num_steps, "longest_example": longest_example}
-            preparation.prepared(self.db, claim_id=unprepared.claim_id, **found)
+            preparation.finish(self.db, unprepared.task, **found)
 
     def put_tokens(self, key: str, *, project_id: str | None = None, **given: Any) -> Prepared:
         """Store a token cache of our project, or of the given one."""

@@ -35,7 +35,7 @@ from catalog.tables.storage import File
 from catalog.tables.tenancy import Project
 from catalog.tenancy import authentication, projects
 from tests.catalog.prepared_data import DETAILS
-from tests.catalog.world import allow_urgent, claim_import_of, linears
+from tests.catalog.world import allow_urgent, begin_preparation, claim_import_of, linears
 
 LEASE_SECONDS = 3600.0
 WORKER = "worker-bay-1"
@@ -143,11 +143,11 @@ def submit(seeded: Seeded, suffix: str | None, **fields: Any) -> Job:
 
 def prepare(seeded: Seeded, *, num_steps: int = NUM_STEPS) -> None:
     """Record reports of tokenized files for every job that waits for its files."""
-    while (work := preparation.next_unprepared(seeded.db, worker_id=WORKER, lease_seconds=LEASE_SECONDS)) is not None:
+    while (work := begin_preparation(seeded.db, WORKER)) is not None:
         _put_report(seeded.db, work.files.train_key, work.files.training)
         if work.files.validation is not None and work.files.valid_key is not None:
             _put_report(seeded.db, work.files.valid_key, work.files.validation)
-        preparation.prepared(seeded.db, claim_id=work.claim_id, num_steps=num_steps)
+        preparation.finish(seeded.db, work.task, num_steps=num_steps)
 
 
 def beat(seeded: Seeded, *, trainer_id: str = TRAINER) -> None:

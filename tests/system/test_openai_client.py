@@ -25,7 +25,7 @@ from catalog.settings import Settings
 from catalog.storage import token_cache
 from catalog.storage.store import ArtifactStore, open_store
 from tests.catalog.prepared_data import DETAILS, REPORT
-from tests.catalog.world import DESCRIPTION, claim_import_of, manifest, sha
+from tests.catalog.world import DESCRIPTION, begin_preparation, claim_import_of, manifest, sha
 from tests.system.api_process import Service, api_process
 
 httpx: Any = importlib.import_module(openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0])
@@ -68,13 +68,13 @@ def client(service: Service) -> Iterator[openai.OpenAI]:
 
 
 def prepare(db: Database) -> None:
-    while unprepared := preparation.next_unprepared(db, worker_id="w", lease_seconds=60):
+    while unprepared := begin_preparation(db, "w"):
         file_digest = unprepared.files.training.digest
-        key, project_id = unprepared.files.train_key, unprepared.job.project_id
+        key, project_id = unprepared.files.train_key, unprepared.files.project_id
         tokens = manifest("tokens", kind="tokens")
         of_file: dict[str, Any] = {"project_id": project_id, "file_digest": file_digest}
         token_cache.put(db, key, **of_file, artifact=tokens, report=REPORT, details=DETAILS)
-        preparation.prepared(db, claim_id=unprepared.claim_id, num_steps=2)
+        preparation.finish(db, unprepared.task, num_steps=2)
 
 
 def train(db: Database, store: ArtifactStore, folder: Path) -> None:

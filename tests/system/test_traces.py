@@ -24,11 +24,13 @@ from catalog.queue import claims
 from catalog.queue.claiming import Claim
 from catalog.states import EndReason
 from catalog.tables.jobs import Job
+from catalog.tasks.task_queue import TaskKind
 from catalog.tenancy import authentication
 from tests.api.site import PEPPER
 from tests.catalog.prepared_data import REPORT
 from tests.worker.pack_site import PASSED, PackSite, emit, emit_for, pack_site, step
 from worker.background import tokenization
+from worker.background.task_runner import run_next
 from worker.protocol.mailbox import InboxReader
 from worker.session.session_job import End
 
@@ -78,7 +80,7 @@ def prepare(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
         return site.world.put_tokens(files.train_key, file_digest="0" * 64, artifact=manifest, report=REPORT), None
 
     monkeypatch.setattr(tokenization, "prepare_files", both_files)
-    assert tokenization.prepare_next(site.context)
+    assert run_next(site.context, [TaskKind.PREPARATION])
 
 
 def ended(name: str, began_at: float, ended_at: float) -> dict[str, Any]:

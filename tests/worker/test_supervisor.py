@@ -27,7 +27,7 @@ from tests.catalog.world import DESCRIPTION
 from tests.worker.pack_site import OUTAGE, READY, PackSite, emit, own_bytes, products_bytes
 from tests.worker.scripted_trainer import FakeTrainer, Script, cancel_first_job, load_forever, raising, reasons
 from worker import next_work
-from worker.background import base_models
+from worker.background import base_models, task_runner
 from worker.background.child_task import Abandoned
 from worker.context.context import WorkerContext
 from worker.entrypoints import loop
@@ -136,7 +136,7 @@ def test_a_background_task_that_fails_stops_no_training(
     site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     job = site.queued()
-    monkeypatch.setattr(base_models, "import_next", raising(error))
+    monkeypatch.setattr(task_runner, "run_next", raising(error))
 
     run(cancel_first_job)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -12,9 +12,10 @@ from catalog.db.database import Database
 from catalog.errors import OutOfSpace
 from catalog.queue import claiming
 from catalog.queue.claiming import Claim
+from catalog.tasks.task_queue import TaskKind
 from tests.worker.pack_site import OUTAGE, PackSite
 from worker import supervisor
-from worker.background import base_models, exports, tokenization
+from worker.background import base_models, task_runner
 from worker.background.task_runner import TaskRunner
 from worker.context.context import WorkerContext
 
@@ -27,18 +28,16 @@ def ended(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """Return an event. One export runs until it is set, or the worker has no more use for the export."""
     ended, begun = threading.Event(), threading.Event()
 
-    def export(context: WorkerContext) -> bool:
-        if begun.is_set():
+    def run_next(context: WorkerContext, kinds: Collection[TaskKind]) -> bool:
+        if TaskKind.EXPORT not in kinds or begun.is_set():
             return False
         begun.set()
         while not ended.wait(0.01) and not context.draining:
             pass
         return True
 
-    monkeypatch.setattr(exports, "export_next", export)
-    monkeypatch.setattr(base_models, "import_next", lambda _context: False)
+    monkeypatch.setattr(task_runner, "run_next", run_next)
     monkeypatch.setattr(base_models, "clean", lambda _context: [])
-    monkeypatch.setattr(tokenization, "prepare_next", lambda _context: False)
     return ended
 
 

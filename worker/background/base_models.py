@@ -12,19 +12,19 @@ import shlex
 import shutil
 import signal
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
 
 from catalog.disk import is_full
-from catalog.errors import LorryError, OutOfSpace, StaleClaim
+from catalog.errors import LorryError, OutOfSpace
 from catalog.process_exit import how_it_exited, is_killed
 from catalog.registry import base_models
 from catalog.storage.manifest import ManifestFile, files_digest
 from catalog.tables.storage import BaseModelRow
 from catalog.tables.table import Json
 from catalog.tasks import task_queue
+from catalog.tasks.task_queue import TaskClaim
 from worker.background import child_task
 from worker.background.child_task import Abandoned, ChildFailed
 from worker.context.context import WorkerContext
@@ -41,14 +41,11 @@ class ImportRefused(LorryError):
     """A base model can't be imported from its source on this worker."""
 
 
-def import_next(context: WorkerContext) -> bool:
-    """Import one base model that waits for its import. Returns False if none does."""
-    claimed = base_models.claim_import(
-        context.db, worker_id=context.worker_id, lease_seconds=context.settings.lease_seconds
-    )
-    if claimed is None:
-        return False
-    row, task = claimed
+def import_base(context: WorkerContext, task: TaskClaim) -> bool:
+    """Import a base model. Raises StaleClaim, Unavailable, OutOfSpace."""
+    row = base_models.begin_import(context.db, task)
+    if row is None:
+        return True
     try:
         manifest, description = _import(context, row, child_task.lost_lease(context, task))
         digest = files_digest(manifest)
@@ -56,9 +53,7 @@ def import_next(context: WorkerContext) -> bool:
     except ImportRefused as error:
         base_models.fail_import(context.db, task, error=described(error))
     except Abandoned:
-        with suppress(StaleClaim):  # the model was deleted
-            task_queue.release(context.db, task)
-        return False
+        task_queue.release(context.db, task)
     return True
 
 

@@ -14,14 +14,13 @@ from secrets import token_hex
 
 from catalog import failpoints
 from catalog.disk import full_disk_named
-from catalog.errors import Forbidden, LorryError, NotFound, OutOfSpace, QuotaExceeded, StaleClaim, Unavailable
+from catalog.errors import Forbidden, LorryError, NotFound, OutOfSpace, QuotaExceeded, Unavailable
 from catalog.exports import claims, formats, hub_repositories, model_card
 from catalog.exports.claims import ExportClaim, ExportResult, WaitingExport
 from catalog.process_exit import how_it_exited, is_killed
 from catalog.storage.manifest import DamagedArtifact
 from catalog.tables.table import Json
-from catalog.tasks import task_queue
-from catalog.tasks.task_queue import TaskKind
+from catalog.tasks.task_queue import TaskClaim
 from worker.background import base_models, child_task, export_resources
 from worker.background.child_task import Abandoned, ChildFailed
 from worker.background.export_resources import ScarceResources
@@ -48,63 +47,46 @@ class ExportCrashed(LorryError):
     """The attempt failed, perhaps because of this node."""
 
 
-def export_next(context: WorkerContext) -> bool:
-    """Make one waiting export for which this worker has enough space and memory. Returns False if there is none.
+def make_export(context: WorkerContext, task: TaskClaim) -> bool:
+    """Make an export. Returns False if this worker leaves it to others, because it has too little space or memory.
 
     Raises StaleClaim, Unavailable, and OutOfSpace if the database's disk is full. An attempt during which the disk
     becomes full counts: no attempt may repeat forever.
     """
-    claim = _begin_next(context)
-    if claim is None:
+    if task.is_exhausted:
+        claims.fail(context.db, task, _lost(task.num_attempts - 1))
+        return True
+    if (scarcity := _scarcity(context, claims.inspect(context.db, task))) is not None:
+        context.refused_exports[task.subject] = time.monotonic()
+        claims.refuse(context.db, task, scarcity)
         return False
-    is_unwanted = child_task.lost_lease(context, claim.task)
+    claim, is_unwanted = claims.begin(context.db, task), child_task.lost_lease(context, task)
     try:
         with full_disk_named(), scratch_dirs.owned(context.scratch_dir() / f"export-{token_hex(8)}") as work:
             work.mkdir(parents=True)
             exported = _Attempt(context=context, claim=claim, work=work, is_unwanted=is_unwanted).run()
         failpoints.pass_by("before_export_finishes")
-        claims.finish(context.db, claim.task, exported)
+        claims.finish(context.db, task, exported)
     except (ExportRefused, QuotaExceeded, NotFound, Forbidden) as error:
-        claims.fail(context.db, claim.task, error)
+        claims.fail(context.db, task, error)
     except (ExportCrashed, OutOfSpace, base_models.ImportRefused, DamagedArtifact) as error:
         counted = _full_disk(context.worker_id, error) if isinstance(error, OutOfSpace) else error
         log.warning("%s", counted)
-        claims.retry(context.db, claim.task, counted)
+        claims.retry(context.db, task, counted)
     except Abandoned:
-        with suppress(StaleClaim):  # a user has cancelled it, or another worker has taken over
-            claims.release(context.db, claim.task)
+        claims.release(context.db, task)
     except Unavailable:
         with suppress(Unavailable):
-            claims.release(context.db, claim.task, wait_seconds=RETRY_SECONDS)
+            claims.release(context.db, task, wait_seconds=RETRY_SECONDS)
         raise
     return True
 
 
-def _begin_next(context: WorkerContext) -> ExportClaim | None:
-    """Claim the next export that this worker can make. Returns None if there is none. It refuses the others."""
-    now = time.monotonic()
-    recent = {each: at for each, at in context.refused_exports.items() if at > now - REFUSAL_SECONDS}
-    refused = context.refused_exports = recent
-    while True:
-        task = task_queue.claim(
-            context.db,
-            [TaskKind.EXPORT],
-            worker_id=context.worker_id,
-            lease_seconds=context.settings.lease_seconds,
-            skipping=list(refused),
-        )
-        if task is None:
-            return None
-        try:
-            if task.is_exhausted:
-                claims.fail(context.db, task, _lost(task.num_attempts - 1))
-            elif (error := _scarcity(context, claims.inspect(context.db, task))) is None:
-                return claims.begin(context.db, task)
-            else:
-                refused[task.subject] = now
-                claims.refuse(context.db, task, error)
-        except StaleClaim:  # a user has cancelled or deleted it
-            continue
+def refused(context: WorkerContext) -> list[str]:
+    """Return the exports that this worker has refused recently, and leaves to others."""
+    since = time.monotonic() - REFUSAL_SECONDS
+    context.refused_exports = {each: at for each, at in context.refused_exports.items() if at > since}
+    return list(context.refused_exports)
 
 
 def _lost(number: int) -> ExportCrashed:

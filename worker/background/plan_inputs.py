@@ -10,15 +10,15 @@ from secrets import token_hex
 
 from catalog.disk import full_disk_named
 from catalog.errors import OutOfSpace, Unavailable
-from catalog.lifecycle.preparation import RETRY_SECONDS
+from catalog.lifecycle.preparation import RETRY_SECONDS, FilesToPrepare
 from catalog.plans import claims
-from catalog.plans.claims import PlanClaim
 from catalog.process_exit import how_it_exited
 from catalog.storage import token_cache
 from catalog.storage.manifest import DamagedArtifact
 from catalog.tables.storage import Prepared
 from catalog.tables.table import Json
 from catalog.tasks import task_queue
+from catalog.tasks.task_queue import TaskClaim
 from worker.background import child_task
 from worker.background.child_task import Abandoned, ChildFailed
 from worker.background.tokenization import (
@@ -37,40 +37,40 @@ from worker.process import sandbox
 log = logging.getLogger(__name__)
 
 
-def compute_next(context: WorkerContext) -> bool:
-    """Compute one waiting plan. Returns False if none waits. Raises StaleClaim, PreparationDelayed."""
-    claim = claims.claim(context.db, worker_id=context.worker_id, lease_seconds=context.settings.lease_seconds)
-    if claim is None:
-        return False
+def compute(context: WorkerContext, task: TaskClaim) -> bool:
+    """Compute a plan. Raises StaleClaim, PreparationDelayed."""
+    files = claims.begin(context.db, task)
+    if files is None:
+        return True
     try:
         with full_disk_named():
-            _prepare(context, claim, child_task.lost_lease(context, claim.task))
-        claims.conclude(context.db, claim.task, settings=context.settings)
+            _prepare(context, files, child_task.lost_lease(context, task))
+        claims.conclude(context.db, task, settings=context.settings)
     except FileRefused:  # the plan shows the refusal in the file's report
-        claims.conclude(context.db, claim.task, settings=context.settings)
+        claims.conclude(context.db, task, settings=context.settings)
     except POSSIBLE_NODE_ERRORS as error:
         log.warning("%s", error)
-        claims.fail(context.db, claim.task, error=error_of_attempt(error))
+        claims.fail(context.db, task, error=error_of_attempt(error))
         raise PreparationDelayed from error
     except Abandoned:
-        task_queue.release(context.db, claim.task)
+        task_queue.release(context.db, task)
     except (OutOfSpace, Unavailable) as error:
         log.warning("%s", error)
-        task_queue.release(context.db, claim.task, wait_seconds=RETRY_SECONDS)
+        task_queue.release(context.db, task, wait_seconds=RETRY_SECONDS)
         if isinstance(error, OutOfSpace):
             raise PreparationDelayed from error
     return True
 
 
-def _prepare(context: WorkerContext, claim: PlanClaim, is_unwanted: Callable[[], bool]) -> None:
+def _prepare(context: WorkerContext, files: FilesToPrepare, is_unwanted: Callable[[], bool]) -> None:
     """Record the tokens of both files, and their overlap. Raises the errors of `prepare_files`."""
-    train, valid = prepare_files(context, claim.files, is_unwanted=is_unwanted)
+    train, valid = prepare_files(context, files, is_unwanted=is_unwanted)
     if valid is None:
         return
     keys = {"train_key": train.key, "valid_key": valid.key}
     if claims.find_overlap(context.db, **keys) is None:
-        assert claim.files.validation is not None
-        compared = f"files {claim.files.training.id} and {claim.files.validation.id}"
+        assert files.validation is not None
+        compared = f"files {files.training.id} and {files.validation.id}"
         found = _compare(context, train, valid, is_unwanted, compared=compared)
         claims.record_overlap(context.db, **keys, num_rows=int(found["rows"]), of_rows=int(found["of_rows"]))
 

@@ -9,11 +9,10 @@ from pathlib import Path
 from secrets import token_hex
 
 from catalog import logs, tracing
-from catalog.clock import boot_seconds
 from catalog.disk import full_disk_named
 from catalog.errors import LorryError, OutOfSpace, Unavailable
 from catalog.lifecycle import preparation
-from catalog.lifecycle.preparation import RETRY_SECONDS, FilesToPrepare, TokenizationClaim
+from catalog.lifecycle.preparation import RETRY_SECONDS, FilesToPrepare
 from catalog.logs import Subjects
 from catalog.process_exit import how_it_exited, is_killed
 from catalog.spec.job import JobSpec
@@ -22,6 +21,7 @@ from catalog.storage.manifest import DamagedArtifact, Manifest
 from catalog.tables.jobs import Job
 from catalog.tables.storage import File, Prepared
 from catalog.tables.table import Json
+from catalog.tasks.task_queue import TaskClaim
 from worker.background import base_models, child_task
 from worker.background.child_task import Abandoned, ChildFailed
 from worker.context.context import WorkerContext
@@ -58,56 +58,46 @@ def error_of_attempt(error: LorryError | OSError) -> Json:
     return {"code": "node_failed", "message": message, "param": None}
 
 
-def prepare_next(context: WorkerContext) -> bool:
-    """Prepare the files of one waiting job. Returns False if none waits. Raises StaleClaim, PreparationDelayed."""
-    since = boot_seconds()
-    lease_seconds = context.settings.lease_seconds
-    unprepared = preparation.next_unprepared(
-        context.db, worker_id=context.worker_id, lease_seconds=lease_seconds, policy=context.policy
-    )
-    if unprepared is None:
-        return False
-    context.heartbeat.hold([unprepared.claim_id], since=since)
-    job = unprepared.job
-    about = {"job": job.id, "claim": unprepared.claim_id, "worker": context.worker_id}
-    try:
-        subjects: Subjects = {"job": job.id, "claim": unprepared.claim_id}
-        with (
-            logs.about(subjects),
-            tracing.span("prepare", parent=tracing.of_job(job.id, job.trace), about=about) as span,
-        ):
-            if not _prepare(context, unprepared):
-                span.fail("not prepared")
-    finally:
-        context.heartbeat.release(unprepared.claim_id)
+def prepare(context: WorkerContext, task: TaskClaim) -> bool:
+    """Prepare the files of a job. Raises StaleClaim, PreparationDelayed."""
+    begun = preparation.begin(context.db, task, worker_id=context.worker_id)
+    if begun is None:
+        return True
+    job, wanted = begun
+    about = {"job": job.id, "claim": task.claim_id, "worker": context.worker_id}
+    subjects: Subjects = {"job": job.id, "claim": task.claim_id}
+    with (
+        logs.about(subjects),
+        tracing.span("prepare", parent=tracing.of_job(job.id, job.trace), about=about) as span,
+    ):
+        if not _prepare(context, task, wanted):
+            span.fail("not prepared")
     return True
 
 
-def _prepare(context: WorkerContext, unprepared: TokenizationClaim) -> bool:
+def _prepare(context: WorkerContext, task: TaskClaim, wanted: FilesToPrepare) -> bool:
     """Prepare the files of a claimed job. Returns False if they can't be trained on, or the job is released. Raises
     PreparationDelayed."""
-    claim_id, wanted = unprepared.claim_id, unprepared.files
     try:
         with full_disk_named():
-            train, valid = prepare_files(context, wanted)
+            train, valid = prepare_files(context, wanted, is_unwanted=child_task.lost_lease(context, task))
     except FileRefused as error:
-        preparation.refused(context.db, claim_id=claim_id, error=error.as_job_error())
+        preparation.refuse(context.db, task, error=error.as_job_error())
     except POSSIBLE_NODE_ERRORS as error:
         log.warning("%s", error)
-        preparation.fail_preparation(context.db, claim_id=claim_id, error=error_of_attempt(error))
+        preparation.retry(context.db, task, error=error_of_attempt(error))
         raise PreparationDelayed from error
     except Abandoned:
-        preparation.release_preparation(context.db, claim_id=claim_id, detail="The worker is shutting down.")
+        preparation.release(context.db, task, detail="The worker is shutting down.")
     except (OutOfSpace, Unavailable) as error:
         log.warning("%s", error)
-        detail = error.sentence()
-        preparation.release_preparation(context.db, claim_id=claim_id, detail=detail, wait_seconds=RETRY_SECONDS)
+        preparation.release(context.db, task, detail=error.sentence(), wait_seconds=RETRY_SECONDS)
         if isinstance(error, OutOfSpace):
             raise PreparationDelayed from error
     else:
-        num_steps = JobSpec.model_validate(unprepared.job.spec).num_steps(num_rows(train.report))
+        num_steps = wanted.spec.num_steps(num_rows(train.report))
         longest = _longest_example(train, valid)
-        preparation.prepared(context.db, claim_id=claim_id, num_steps=num_steps, longest_example=longest)
+        preparation.finish(context.db, task, num_steps=num_steps, longest_example=longest)
         return True
     return False
 
@@ -233,7 +223,7 @@ def _run(
             work=work,
             box=sandbox.tokenization(work, base_dir=base_dir, num_bytes=source.stat().st_size),
             stuck=partial(stuck, action),
-            is_unwanted=is_unwanted,  # the heartbeat renews a job's claim
+            is_unwanted=is_unwanted,
         )
     except ChildFailed as error:
         exited = how_it_exited(error.returncode)

@@ -14,7 +14,7 @@ import psutil
 from qa.chaos.audit.findings import Finding
 from qa.chaos.audit.tables import Record, Row
 
-HELD = ("running", "validating_files")
+HELD = ("running",)
 OWNED = ("trainers", "scratch", "workers")
 """Folders whose entries are deleted with their owner, which holds a lock next to each entry."""
 

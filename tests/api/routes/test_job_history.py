@@ -9,7 +9,7 @@ from catalog.lifecycle import preparation, recording
 from catalog.queue import claims
 from tests.api.site import error_of
 from tests.catalog.prepared_data import REPORT
-from tests.catalog.world import World, manifest
+from tests.catalog.world import World, begin_preparation, manifest
 
 JOBS = "/v1/fine_tuning/jobs"
 
@@ -133,12 +133,12 @@ def test_data_report_appears_after_preparation(client: TestClient, world: World)
 
 def test_rejected_file_shows_its_rejection_report(client: TestClient, world: World) -> None:
     job = world.submit()
-    unprepared = preparation.next_unprepared(world.db, worker_id="w", lease_seconds=60)
+    unprepared = begin_preparation(world.db, "w")
     assert unprepared is not None
     wanted, report = unprepared.files, {"refusal": {"code": "masked"}}
     world.put_tokens(wanted.train_key, file_digest=wanted.training.digest, artifact=None, report=report)
     error = {"code": "masked", "message": "Only masked rows."}
-    preparation.refused(world.db, claim_id=unprepared.claim_id, error=error)
+    preparation.refuse(world.db, unprepared.task, error=error)
 
     shown = client.get(f"{JOBS}/{job.id}").json()
     report = client.get(f"{JOBS}/{job.id}/data_report").json()

@@ -14,7 +14,7 @@ from catalog.tenancy import authentication
 from tests.api.conftest import with_key
 from tests.api.site import error_of
 from tests.catalog.plan_data import SETTINGS, know, ready
-from tests.catalog.world import LEASE, World
+from tests.catalog.world import World, begin_plan
 
 JOBS = "/v1/fine_tuning/jobs"
 
@@ -59,7 +59,7 @@ def test_plan_of_unprepared_files_is_computed_by_a_worker(client: TestClient, wo
     made = client.post("/v1/plans", json=body(world)).json()
     assert (made["status"], made["computed_at"], made["num_steps"]) == ("computing", None, None)
 
-    claim = claims.claim(world.db, worker_id="w1", lease_seconds=LEASE)
+    claim = begin_plan(world.db, "w1")
     assert claim is not None
     know(world, ready(world))
     claims.conclude(world.db, claim.task, settings=SETTINGS)

@@ -518,8 +518,7 @@ def test_check_that_began_before_the_report_does_not_overwrite_it(place: Serving
     until(lambda: place.endpoint()["checked_at"] is not None)
     with services.db.read() as session:
         claim_id = session.get_one(Task, (TaskKind.ENDPOINT, endpoint_id)).claim_id or ""
-    kind = TaskKind.ENDPOINT
-    claim = TaskClaim(claim_id=claim_id, kind=kind, subject=endpoint_id, project_id=None, num_attempts=1)
+    claim = TaskClaim(claim_id=claim_id, kind=TaskKind.ENDPOINT, subject=endpoint_id, num_attempts=1)
     place.report("It crashed.")
 
     keeping.note_unusable(services.db, claim, state="unreachable", error="No response.", is_silent=True)

@@ -18,7 +18,7 @@ from catalog.tables.storage import BaseModelRow
 from catalog.write_guard import WithinTransaction
 from tests.catalog.plan_data import SETTINGS, know, plan
 from tests.catalog.sweeping import ON_ONE_DATABASE, add, advance, finish, make, train, view
-from tests.catalog.world import LEASE, World, sha
+from tests.catalog.world import World, begin_plan, sha
 
 PATHS = {"linear_paths": [{"path": "model.layers.*.q_proj", "shape": [64, 64], "layers": [0, 1]}]}
 LORA = {"rank": 4, "target_modules": r"re:.*\.q_proj", "rank_pattern": {r"layers\.1\..*": 2}}
@@ -38,7 +38,7 @@ def num_parameters(world: World, job_id: str) -> int:
 def test_jobs_and_plans_match_patterns_outside_write_transactions(wide: World) -> None:
     job = wide.submit(model="wide", lora=LORA)
     row = plan(wide, model="wide", lora=LORA)
-    claim = claims.claim(wide.db, worker_id="w1", lease_seconds=LEASE)
+    claim = begin_plan(wide.db, "w1")
     assert claim is not None
     know(wide, row)
     claims.conclude(wide.db, claim.task, settings=SETTINGS)

@@ -23,7 +23,6 @@ from catalog.jobs import commands as job_commands
 from catalog.jobs import explanation, submission
 from catalog.lifecycle import deadlines, queue_position, recording, recovery
 from catalog.maintenance import garbage_collection
-from catalog.plans import claims as plan_claims
 from catalog.plans import plans
 from catalog.queue import claims as queue_claims
 from catalog.queue import listing, pending, preemption
@@ -53,7 +52,7 @@ from tests.catalog.aged_database import (
 )
 from tests.catalog.plan_data import plan
 from tests.catalog.plan_data import ready as ready_plan
-from tests.catalog.world import LEASE, PEPPER, WIDE, World, manifest
+from tests.catalog.world import LEASE, PEPPER, WIDE, World, begin_plan, manifest
 
 ONE = replace(WIDE, max_jobs=1)
 Statements = list[tuple[str, Any]]
@@ -163,7 +162,7 @@ ACTS: dict[str, Act] = {
         w.db, plans.get(w.db, project_id=w.caller.project_id, plan_id=ids["plan"])
     ),
     "a page of plans": lambda w, ids: plans.list_page(w.db, project_id=w.caller.project_id, after=ids["plan"]),
-    "claiming a plan": lambda w, _: plan_claims.claim(w.db, worker_id="w1", lease_seconds=LEASE),
+    "claiming a plan": lambda w, _: begin_plan(w.db, "w1"),
     "deleting a plan": lambda w, ids: plans.delete(w.db, project_id=w.caller.project_id, plan_id=ids["plan"]),
     "finding a duplicate file": lambda w, ids: catalog_files.same_content(
         w.db, catalog_files.get(w.db, project_id=w.caller.project_id, file_id=ids["file"])

@@ -15,8 +15,6 @@ from catalog.errors import Conflict, NotFound
 from catalog.fleet import cordons, metrics, workers
 from catalog.fleet.cordons import Ended, failed_running, place
 from catalog.jobs import explanation
-from catalog.lifecycle import preparation
-from catalog.plans import claims as plan_claims
 from catalog.queue import claims as queue_claims
 from catalog.scheduling.snapshot import Capacity
 from catalog.states import EndReason, JobState
@@ -24,7 +22,7 @@ from catalog.tables.audit import AuditEvent
 from catalog.tables.fleet import Worker
 from catalog.tables.jobs import Job
 from tests.catalog import plan_data
-from tests.catalog.world import LEASE, World
+from tests.catalog.world import World, begin_plan, begin_preparation
 from worker.node.devices import Device, cpu
 
 ALONE = Capacity(max_jobs=1, memory_bytes_free=10**12)
@@ -70,8 +68,8 @@ def test_cordoned_worker_finishes_its_jobs_and_claims_nothing(world: World) -> N
     plan_data.ready(world)
     assert world.claim() == []
     assert world.claim(pack_key=held.job.pack_key, trainer_id="trainer-w1") == []
-    assert preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE) is None
-    assert plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE) is None
+    assert begin_preparation(world.db, "w1") is None
+    assert begin_plan(world.db, "w1") is None
     assert not workers.worker_beat(world.db, "w1", resident_base=None, trainer_id=None, report=None).drain
     assert not world.beat(held.claim_id)[held.claim_id].stale
     world.complete(held.claim_id)
@@ -80,9 +78,9 @@ def test_cordoned_worker_finishes_its_jobs_and_claims_nothing(world: World) -> N
     cordons.uncordon(world.db, "w1")
 
     assert [claim.job.id for claim in world.claim()] == [waiting.id]
-    prepared = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    prepared = begin_preparation(world.db, "w1")
     assert prepared is not None
-    assert prepared.job.id == unprepared.id
+    assert prepared.task.subject == unprepared.id
 
 
 def test_job_events_report_cordons_of_its_worker(world: World) -> None:

@@ -14,14 +14,14 @@ from catalog.db.database import Database
 from catalog.fleet import metrics, workers
 from catalog.fleet.metrics import Numbers
 from catalog.jobs import commands
-from catalog.lifecycle import preparation, queue_position, recovery
+from catalog.lifecycle import queue_position, recovery
 from catalog.queue import claims
 from catalog.registry import adapters
 from catalog.states import EndReason, JobState, PriorityClass
 from catalog.tables.jobs import Job
 from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint
 from catalog.usage import ledger
-from tests.catalog.world import LEASE, World
+from tests.catalog.world import LEASE, World, begin_preparation
 
 
 def read(world: World) -> Numbers:
@@ -96,17 +96,17 @@ def test_leases_are_counted_as_held_overdue_and_expired(world: World) -> None:
     world.worker()
     world.running()
     world.submit()
-    preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    begin_preparation(world.db, "w1")
     assert read(world).leases == {"training": 1, "preparing": 1}
     assert read(world).leases_overdue == 0
 
     world.pass_time(LEASE + 1)
 
-    assert read(world).leases_overdue == 2
+    assert read(world).leases_overdue == 1
     recovery.expire(world.db, lease_seconds=60)
     found = read(world)
-    assert (found.leases_overdue, found.leases_expired) == (0, {"training": 1, "preparing": 1})
-    assert found.leases == {"training": 0, "preparing": 0}
+    assert (found.leases_overdue, found.leases_expired) == (0, {"training": 1})
+    assert found.leases == {"training": 0, "preparing": 1}
     assert kept(world) == counted(world)
 
 

@@ -8,10 +8,10 @@ import pytest
 
 from catalog.errors import Conflict
 from catalog.jobs import commands
-from catalog.lifecycle import preparation, queue_position
+from catalog.lifecycle import queue_position
 from catalog.queue import claims
 from catalog.states import EndReason, JobState
-from tests.catalog.world import World
+from tests.catalog.world import World, begin_preparation
 
 
 def test_waiting_job_is_canceled_at_once(world: World) -> None:
@@ -81,9 +81,9 @@ def test_job_paused_before_preparation_is_prepared_after_resuming(world: World) 
     verb = world.of(job.id)
     commands.pause(world.db, **verb)
 
-    assert preparation.next_unprepared(world.db, worker_id="w", lease_seconds=60) is None
+    assert begin_preparation(world.db, "w") is None
     assert commands.resume(world.db, **verb).state == JobState.VALIDATING_FILES
-    assert preparation.next_unprepared(world.db, worker_id="w", lease_seconds=60) is not None
+    assert begin_preparation(world.db, "w") is not None
 
 
 def test_running_job_is_paused_by_its_worker_and_resumes(world: World) -> None:

@@ -11,13 +11,12 @@ import pytest
 
 from catalog.db.database import Database
 from catalog.jobs import commands, explanation
-from catalog.lifecycle import preparation
 from catalog.queue import claiming, claims, listing
 from catalog.scheduling.snapshot import PATIENCE_SECONDS, PROMOTE_AFTER_SECONDS, Capacity
 from catalog.states import EndReason
 from catalog.tables.jobs import Job
 from tests.catalog.read_costs import rows_read, rows_scanned
-from tests.catalog.world import LEASE, Clock, World
+from tests.catalog.world import Clock, World, begin_preparation
 
 ONE = Capacity(max_jobs=1, memory_bytes_free=10**12)
 
@@ -36,7 +35,7 @@ def test_claim_reads_a_fraction_of_the_queue(world: World) -> None:
         "a new trainer": lambda: world.claim(capacity=ONE),
         "a trainer that is loaded": lambda: world.claim(capacity=replace(ONE, resident_key=held.pack_key)),
         "jobs that join": lambda: world.claim(pack_key=held.pack_key, capacity=ONE),
-        "files to prepare": lambda: preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE),
+        "files to prepare": lambda: begin_preparation(world.db, "w1"),
     }
 
     for job in (first, submitted):
@@ -215,34 +214,33 @@ def test_job_that_lost_its_worker_keeps_its_queue_position(world: World) -> None
 
 
 def test_projects_alternate_in_file_preparation(world: World) -> None:
+    world.worker()
     ours = [world.submit() for _ in range(3)]
     their_file = world.file(caller=world.stranger)
     foreign = [world.submit(caller=world.stranger, training_file=their_file) for _ in range(2)]
     pressing = world.submit(priority="urgent")
 
-    order = [preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE) for _ in range(6)]
+    order: list[str] = []
+    while (found := begin_preparation(world.db)) is not None:
+        order.append(found.task.subject)
+        world.clock.advance(1)
 
-    expected = [foreign[0], pressing, foreign[1], *ours]
-    assert [found.job.id for found in order if found] == [job.id for job in expected]
+    own, others = [pressing, *ours], [job.id for job in foreign]
+    assert [each for each in order if each not in others] == [job.id for job in own]
+    assert sorted(order.index(each) // 2 for each in others) == [0, 1]
 
 
 def test_unprepared_jobs_are_promoted_by_priority_aging(world: World) -> None:
     world.worker()
-    patient, pressing = world.submit(priority="batch"), world.submit(priority="urgent")
-    world.flood(pressing, 5)
+    patient = world.submit(priority="batch")
+    world.clock.advance(PROMOTE_AFTER_SECONDS + 100)
+    pressing, normal = world.submit(priority="urgent"), world.submit()
+    world.clock.advance(PROMOTE_AFTER_SECONDS - 50)
+    late = world.submit(priority="urgent")
 
-    def next_one() -> str:
-        found = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
-        assert found is not None
-        return found.job.id
+    found = [begin_preparation(world.db) for _ in range(4)]
 
-    first = next_one()
-    world.clock.advance(3 * PROMOTE_AFTER_SECONDS)
-    second, third = next_one(), next_one()
-
-    assert first == pressing.id
-    assert patient.id in (second, third)
-    assert next_one() not in (patient.id, pressing.id)
+    assert [each.task.subject for each in found if each] == [pressing.id, patient.id, late.id, normal.id]
 
 
 def test_explanation_of_an_unprepared_job_mentions_alternation(world: World) -> None:

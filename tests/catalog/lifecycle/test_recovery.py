@@ -13,15 +13,15 @@ from catalog.errors import StaleClaim
 from catalog.fleet import workers
 from catalog.jobs import commands
 from catalog.lifecycle import preparation, recording, recovery, transitions
-from catalog.lifecycle.preparation import MAX_LOST_PREPARATIONS
 from catalog.queue import claims
 from catalog.queue.claiming import Claim
 from catalog.states import MAX_LOSSES, EndReason, JobState
 from catalog.tables.fleet import DatabaseHeartbeat
 from catalog.tables.history import Attempt
 from catalog.tables.jobs import Job
+from catalog.tasks.task_queue import MAX_ATTEMPTS, TaskKind
 from tests.catalog.sweeping import make
-from tests.catalog.world import LEASE, World, manifest
+from tests.catalog.world import LEASE, World, begin_preparation, manifest
 
 
 def test_job_with_an_expired_lease_is_requeued(world: World) -> None:
@@ -226,35 +226,34 @@ def test_job_that_kills_its_worker_is_quarantined_and_packmates_succeed(world: W
     assert company == [3, 3] + [1] * (MAX_LOSSES - 2)
 
 
-def test_lost_preparation_is_released_without_an_attempt(world: World) -> None:
+def test_lost_preparation_is_repeated_without_an_attempt(world: World) -> None:
     job = world.submit()
-    lost = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    lost = begin_preparation(world.db)
     assert lost is not None
+    assert begin_preparation(world.db, "w2") is None, "not yet"
     world.pass_time(LEASE + 1)
 
-    assert recovery.expire(world.db, lease_seconds=LEASE) == 1
+    again = begin_preparation(world.db, "w2")
 
-    assert preparation.next_unprepared(world.db, worker_id="w2", lease_seconds=LEASE) is None, "not yet"
-    world.pass_time(preparation.RETRY_SECONDS + 1)
-    again = preparation.next_unprepared(world.db, worker_id="w2", lease_seconds=LEASE)
     assert again is not None
-    assert again.claim_id != lost.claim_id
     assert (world.job(job.id).attempt, world.job(job.id).counted_attempts) == (0, 0)
     with pytest.raises(StaleClaim):
-        preparation.prepared(world.db, claim_id=lost.claim_id, num_steps=1)
+        preparation.finish(world.db, lost.task, num_steps=1)
+    preparation.finish(world.db, again.task, num_steps=1)
+    assert world.job(job.id).state == JobState.QUEUED
 
 
 def test_file_that_kills_every_worker_is_finally_rejected(world: World) -> None:
     job = world.submit()
 
-    for _ in range(MAX_LOST_PREPARATIONS):
-        assert preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE) is not None
+    for _ in range(MAX_ATTEMPTS[TaskKind.PREPARATION]):
+        assert begin_preparation(world.db) is not None
         world.pass_time(LEASE + 1)
-        recovery.expire(world.db, lease_seconds=LEASE)
-        world.pass_time(preparation.retry_wait(MAX_LOST_PREPARATIONS))
+    assert begin_preparation(world.db) is None
 
     failed = world.job(job.id)
     assert (failed.state, (failed.error or {})["code"]) == (JobState.FAILED, "preparation_lost")
+    assert "failed 5 times" in (failed.error or {})["message"]
 
 
 def test_reregistered_worker_releases_the_jobs_of_its_predecessor(world: World) -> None:
@@ -271,10 +270,8 @@ def test_reregistered_worker_releases_the_jobs_of_its_predecessor(world: World) 
 def test_worker_declared_lost_is_recovered_at_once(world: World) -> None:
     world.worker()
     claim = world.running()
-    world.submit()
-    preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
 
-    assert workers.declare_lost(world.db, "w1") == 2
+    assert workers.declare_lost(world.db, "w1") == 1
     assert workers.declare_lost(world.db, "w1") == 0
 
     assert world.job(claim.job.id).reason == EndReason.INFRA_LOST

@@ -32,7 +32,9 @@ from catalog.states import FINAL_STATES, MAX_COUNTED_ATTEMPTS, EndReason, JobSta
 from catalog.tables.history import Attempt, JobEvent
 from catalog.tables.jobs import Job
 from catalog.tables.storage import Adapter
-from tests.catalog.world import LEASE, Clock, World, manifest
+from catalog.tables.tasks import Task
+from catalog.tasks.task_queue import TaskClaim, TaskKind
+from tests.catalog.world import LEASE, Clock, World, begin_preparation, manifest
 
 _template: list[Path] = []
 WORKERS = st.sampled_from(["w1", "w2", "w3"])
@@ -55,6 +57,7 @@ def migrated_copy(folder: str) -> str:
 class Service(RuleBasedStateMachine):
     made = Bundle("jobs")
     held = Bundle("claims")
+    preparing = Bundle("tasks")
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,18 +90,18 @@ class Service(RuleBasedStateMachine):
     def ask(self, job_id: str, verb: Any) -> None:
         self.attempted(verb, **self.world.of(job_id))
 
-    @rule(target=held, worker_id=WORKERS)
+    @rule(target=preparing, worker_id=WORKERS)
     def begin_to_prepare(self, worker_id: str) -> Any:
-        found = preparation.next_unprepared(self.db, worker_id=worker_id, lease_seconds=LEASE)
-        return found.claim_id if found else multiple()
+        found = begin_preparation(self.db, worker_id)
+        return found.task if found else multiple()
 
-    @rule(claim_id=held)
-    def prepared(self, claim_id: str) -> None:
-        self.attempted(preparation.prepared, claim_id=claim_id, num_steps=9)
+    @rule(task=preparing)
+    def prepared(self, task: TaskClaim) -> None:
+        self.attempted(preparation.finish, task, num_steps=9)
 
-    @rule(claim_id=held)
-    def refused(self, claim_id: str) -> None:
-        self.attempted(preparation.refused, claim_id=claim_id, error={"message": "bad"})
+    @rule(task=preparing)
+    def refused(self, task: TaskClaim) -> None:
+        self.attempted(preparation.refuse, task, error={"message": "bad"})
 
     @rule(target=held, worker_id=WORKERS, max_jobs=st.integers(1, 3))
     def claim(self, worker_id: str, max_jobs: int) -> Any:
@@ -157,13 +160,19 @@ class Service(RuleBasedStateMachine):
             assert live == sorted(claim_id or "" for claim_id in running)
 
     @invariant()
+    def each_job_in_validation_has_a_task(self) -> None:
+        with self.db.read() as session:
+            tasks = select(Task.subject).where(Task.kind == TaskKind.PREPARATION)
+            validating = session.scalars(select(Job.id).where(Job.state == JobState.VALIDATING_FILES))
+            assert set(session.scalars(tasks)) == set(validating)
+
+    @invariant()
     def unclaimed_jobs_have_no_lease_and_no_request(self) -> None:
         with self.db.read() as session:
             for job in session.scalars(select(Job)):
                 assert (job.claim_id is None) == (job.lease_expires_at is None)
-                if job.state not in (JobState.RUNNING, JobState.VALIDATING_FILES):
-                    assert job.claim_id is None
                 if job.state != JobState.RUNNING:
+                    assert job.claim_id is None
                     assert not job.cancel_requested
                     assert not job.pause_requested
                     assert job.preempted_for is None

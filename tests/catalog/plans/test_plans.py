@@ -28,7 +28,7 @@ from catalog.tasks import task_queue
 from catalog.tasks.task_queue import MAX_ATTEMPTS, TaskKind
 from tests.catalog.plan_data import SETTINGS, know, plan, put, ready
 from tests.catalog.prepared_data import REPORT
-from tests.catalog.world import LEASE, World, linears, request, sha
+from tests.catalog.world import LEASE, World, begin_plan, linears, request, sha
 
 
 def found(row: Plan) -> dict[str, Any]:
@@ -107,10 +107,10 @@ def test_plan_is_computed_by_one_worker_at_a_time(world: World) -> None:
     row = plan(world, validation_file=world.file())
     assert pending.has_work(world.db)
 
-    claim = plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE)
+    claim = begin_plan(world.db, "w1")
     assert claim is not None
     assert claim.task.subject == row.id
-    assert plan_claims.claim(world.db, worker_id="w2", lease_seconds=LEASE) is None
+    assert begin_plan(world.db, "w2") is None
     assert not pending.has_work(world.db)
     know(world, row, overlap=(7, 100))
     plan_claims.conclude(world.db, claim.task, settings=SETTINGS)
@@ -124,11 +124,11 @@ def test_plan_is_computed_by_one_worker_at_a_time(world: World) -> None:
 def test_plan_of_a_lost_worker_is_retried_and_fails_after_the_limit(world: World) -> None:
     row = plan(world)
     for _ in range(MAX_ATTEMPTS[TaskKind.PLAN]):
-        claim = plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE)
+        claim = begin_plan(world.db, "w1")
         assert claim is not None
         world.clock.advance(LEASE + 1)
 
-    assert plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE) is None
+    assert begin_plan(world.db, "w1") is None
     assert look(world, row).state == "failed"
     error = look(world, row).error or {}
     assert (error["code"], error["param"]) == ("preparation_lost", "training_file")
@@ -140,12 +140,12 @@ def test_plan_of_a_lost_worker_is_retried_and_fails_after_the_limit(world: World
 
 def test_renewed_plan_lease_is_kept_and_a_deleted_plan_ends_it(world: World) -> None:
     row = plan(world)
-    claim = plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE)
+    claim = begin_plan(world.db, "w1")
     assert claim is not None
     world.clock.advance(LEASE - 1)
     assert task_queue.renew(world.db, claim.task, lease_seconds=LEASE)
     world.clock.advance(LEASE - 1)
-    assert plan_claims.claim(world.db, worker_id="w2", lease_seconds=LEASE) is None
+    assert begin_plan(world.db, "w2") is None
 
     plans.delete(world.db, project_id=world.caller.project_id, plan_id=row.id)
 
@@ -168,7 +168,7 @@ def test_plan_fails_if_its_file_or_base_is_gone_before_it_is_computed(
     else:
         base_models.delete(world.db, "smol")
 
-    assert plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE) is None
+    assert begin_plan(world.db, "w1") is None
 
     error = look(world, row).error or {}
     assert error["code"] == code

@@ -22,7 +22,7 @@ from catalog.states import MAX_LOSSES, EndReason, JobState
 from catalog.tables.history import Attempt
 from catalog.tables.jobs import Job
 from catalog.tables.storage import Adapter, Artifact
-from tests.catalog.world import LEASE, WIDE, World, manifest, sha
+from tests.catalog.world import LEASE, WIDE, World, begin_preparation, manifest, sha
 
 pytestmark = pytest.mark.both_databases
 
@@ -31,9 +31,9 @@ def test_job_goes_from_submission_to_its_adapter(world: World) -> None:
     job = world.submit(suffix="mine")
     world.worker()
 
-    unprepared = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    unprepared = begin_preparation(world.db, "w1")
     assert unprepared is not None
-    preparation.prepared(world.db, claim_id=unprepared.claim_id, num_steps=10)
+    preparation.finish(world.db, unprepared.task, num_steps=10)
     (claim,) = world.claim()
     claims.started(world.db, claim.claim_id, trainer_id="t1", resumed_from_step=None)
     adapter = world.complete(claim.claim_id)
@@ -92,9 +92,6 @@ def test_every_write_of_a_stale_claim_is_rejected(world: World) -> None:
         lambda: recording.record_checkpoint_model(world.db, stale.claim_id, step=1, exported=exported),
         lambda: recording.distrust_checkpoint(world.db, stale.claim_id, checkpoint_id="c", problem="x"),
         lambda: claims.end(world.db, stale.claim_id, reason=EndReason.USER_ERROR, detail=""),
-        lambda: preparation.prepared(world.db, claim_id=stale.claim_id, num_steps=1),
-        lambda: preparation.refused(world.db, claim_id=stale.claim_id, error={}),
-        lambda: preparation.release_preparation(world.db, claim_id=stale.claim_id, detail=""),
         lambda: world.complete(stale.claim_id),
     ]
     for write in writes:
@@ -304,7 +301,7 @@ def test_draining_or_ended_worker_claims_nothing(world: World) -> None:
 
     for worker_id in ("draining", "ended"):
         assert world.claim(worker_id) == []
-        assert preparation.next_unprepared(world.db, worker_id=worker_id, lease_seconds=LEASE) is None
+        assert begin_preparation(world.db, worker_id) is None
         orders = workers.worker_beat(world.db, worker_id, resident_base=None, trainer_id=None, report=None)
         assert orders.drain
 
@@ -326,17 +323,11 @@ def test_worker_drained_during_its_decision_claims_nothing(world: World, monkeyp
 def test_leaving_worker_returns_its_jobs_without_a_counted_attempt(world: World) -> None:
     world.worker()
     running = world.running()
-    world.submit()
-    preparing = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
-    assert preparing is not None
 
     workers.end_worker(world.db, "w1")
 
     assert world.job(running.job.id).state == JobState.QUEUED
     assert world.job(running.job.id).counted_attempts == 0
-    assert world.job(preparing.job.id).claim_id is None
-    with pytest.raises(StaleClaim):
-        preparation.prepared(world.db, claim_id=preparing.claim_id, num_steps=1)
 
 
 def test_adapters_may_share_bytes_but_not_names(world: World) -> None:

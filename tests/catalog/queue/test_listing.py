@@ -18,7 +18,7 @@ from catalog.scheduling.snapshot import Capacity
 from catalog.settings import Settings
 from catalog.states import EndReason
 from tests.catalog.db.interleaving import after_statement
-from tests.catalog.world import LEASE, World, linears, sha
+from tests.catalog.world import World, begin_preparation, linears, sha
 
 
 def explained(world: World, job_id: str) -> dict[str, Any]:
@@ -121,10 +121,10 @@ def test_explanation_of_a_job_in_validation(world: World) -> None:
         "Its files wait for tokenization. 1 job is ahead of it in its project."
     )
 
-    claimed = preparation.next_unprepared(world.db, worker_id="w1", lease_seconds=LEASE)
+    claimed = begin_preparation(world.db, "w1")
     assert claimed is not None
     assert explained(world, first.id)["explanation"] == "Worker w1 is tokenizing its files."
-    preparation.release_preparation(world.db, claim_id=claimed.claim_id, detail="", wait_seconds=9)
+    preparation.release(world.db, claimed.task, detail="", wait_seconds=9)
     assert explained(world, first.id)["explanation"] == "Tokenization of its files will be retried in 9 s."
 
 

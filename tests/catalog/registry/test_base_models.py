@@ -6,6 +6,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import product
+from typing import Any
 
 import pytest
 
@@ -18,9 +19,9 @@ from catalog.spec.data import DataOptions
 from catalog.storage import token_cache
 from catalog.storage.manifest import files_digest
 from catalog.tasks import task_queue
-from catalog.tasks.task_queue import TaskClaim
+from catalog.tasks.task_queue import MAX_ATTEMPTS, TaskClaim, TaskKind
 from tests.catalog.db.interleaving import after_statement
-from tests.catalog.world import DESCRIPTION, World, manifest, sha
+from tests.catalog.world import DESCRIPTION, LEASE, World, manifest, sha, try_claim
 
 
 def test_adding_the_same_base_is_idempotent_and_another_is_rejected(world: World) -> None:
@@ -79,23 +80,34 @@ def test_source_pattern_matches_in_linear_time() -> None:
 def test_one_worker_imports_a_base_and_another_takes_over_after_its_lease(world: World) -> None:
     base_models.add(world.db, name="b", kind="hub", source="org/b", revision=None)
     with ThreadPoolExecutor(4) as pool:
-        claimed = [
-            found
-            for found in pool.map(
-                lambda _: base_models.claim_import(world.db, worker_id="w1", lease_seconds=60), range(8)
-            )
-            if found
-        ]
-    ((row, task),) = claimed
-    assert row.name == "b"
+        claimed = [found for found in pool.map(lambda _: try_claim(world.db, TaskKind.IMPORT), range(8)) if found]
+    (task,) = claimed
+    assert task.subject == "b"
 
     world.clock.advance(50)
     assert task_queue.renew(world.db, task, lease_seconds=60)
     world.clock.advance(50)
-    assert base_models.claim_import(world.db, worker_id="w1", lease_seconds=60) is None
+    assert try_claim(world.db, TaskKind.IMPORT) is None
 
     world.clock.advance(20)
-    assert base_models.claim_import(world.db, worker_id="w1", lease_seconds=60) is not None
+    assert try_claim(world.db, TaskKind.IMPORT) is not None
+
+
+def test_import_that_kills_every_worker_fails_and_can_be_repeated(world: World) -> None:
+    wanted: dict[str, Any] = {"name": "b", "kind": "hub", "source": "org/b"}
+    base_models.add(world.db, **wanted)
+
+    for _ in range(MAX_ATTEMPTS[TaskKind.IMPORT]):
+        assert base_models.begin_import(world.db, _claim(world)) is not None
+        world.clock.advance(LEASE + 1)
+    assert base_models.begin_import(world.db, _claim(world)) is None
+
+    failed = base_models.get(world.db, "b")
+    assert (failed.state, (failed.error or {})["code"]) == ("failed", "import_lost")
+    assert "5 workers were lost" in (failed.error or {})["message"]
+    assert try_claim(world.db, TaskKind.IMPORT) is None
+    assert base_models.add(world.db, **wanted).state == "importing"
+    assert base_models.begin_import(world.db, _claim(world)) is not None
 
 
 def test_failed_import_keeps_its_error_and_is_retried_when_added_again(world: World) -> None:
@@ -103,9 +115,9 @@ def test_failed_import_keeps_its_error_and_is_retried_when_added_again(world: Wo
     world.fail_import("b", {"code": "no_such_repo", "message": "It is gone."})
 
     assert base_models.get(world.db, "b").error == {"code": "no_such_repo", "message": "It is gone."}
-    assert base_models.claim_import(world.db, worker_id="w1", lease_seconds=60) is None
+    assert try_claim(world.db, TaskKind.IMPORT) is None
     assert base_models.add(world.db, name="b", kind="hub", source="org/b", revision=None).state == "importing"
-    assert base_models.claim_import(world.db, worker_id="w1", lease_seconds=60) is not None
+    assert try_claim(world.db, TaskKind.IMPORT) is not None
 
 
 def test_base_that_was_never_ready_can_get_another_source(world: World) -> None:
@@ -262,7 +274,7 @@ def test_import_does_not_restore_a_base_deleted_meanwhile(world: World) -> None:
         base_models.fail_import(world.db, old, error={})
     with pytest.raises(NotFound):
         base_models.get(world.db, "b")
-    assert base_models.claim_import(world.db, worker_id="w1", lease_seconds=60) is None
+    assert try_claim(world.db, TaskKind.IMPORT) is None
 
     base_models.add(world.db, name="b", kind="folder", source="/models/b")
     with pytest.raises(StaleClaim):
@@ -275,9 +287,9 @@ def test_import_does_not_restore_a_base_deleted_meanwhile(world: World) -> None:
 
 
 def _claim(world: World) -> TaskClaim:
-    claimed = base_models.claim_import(world.db, worker_id="w1", lease_seconds=60)
+    claimed = try_claim(world.db, TaskKind.IMPORT)
     assert claimed is not None
-    return claimed[1]
+    return claimed
 
 
 def test_concurrent_deletion_and_submission_do_not_both_succeed(world: World) -> None:

@@ -94,7 +94,6 @@ def add_job(
         "pause_requested": False,
     }
     columns = {column.name for column in Job.__table__.columns}
-    required |= {name: 0 for name in ("lost_preparations",) if name in columns}
     required |= {name: False for name in ("lease_extended",) if name in columns}
     with db.write() as session:
         session.merge(base)

@@ -24,7 +24,7 @@ from catalog.usage import ledger, stored_bytes
 from tests.catalog.plan_data import SETTINGS, plan, ready
 from tests.catalog.prepared_data import REPORT
 from tests.catalog.usage.test_quotas import limit, upload
-from tests.catalog.world import LEASE, PEPPER, World, manifest, request, sha
+from tests.catalog.world import PEPPER, World, begin_plan, manifest, request, sha
 
 
 def twin_of(world: World, file_id: str) -> str:
@@ -194,10 +194,10 @@ def test_wrong_counters_are_corrected(world: World, caplog: pytest.LogCaptureFix
 def _computed(world: World, max_length: int, *, num_bytes: int | None = None) -> None:
     """Create a plan, prepare its file as a worker does, and conclude the plan."""
     row = plan(world, max_length=max_length)
-    claim = plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE)
+    claim = begin_plan(world.db, "w1")
     assert claim is not None
     while claim.task.subject != row.id:
-        claim = plan_claims.claim(world.db, worker_id="w1", lease_seconds=LEASE)
+        claim = begin_plan(world.db, "w1")
         assert claim is not None
     _put(world, row, num_bytes=num_bytes or max_length)
     plan_claims.conclude(world.db, claim.task, settings=SETTINGS)

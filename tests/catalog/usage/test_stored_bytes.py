@@ -28,7 +28,7 @@ from tests.catalog.lifecycle.test_state_machine import Service
 from tests.catalog.plan_data import SETTINGS
 from tests.catalog.prepared_data import REPORT
 from tests.catalog.usage.test_quotas import upload
-from tests.catalog.world import LEASE, manifest, request, sha
+from tests.catalog.world import begin_plan, manifest, request, sha
 
 PICK = st.integers(0, 7)
 SIZES = st.sampled_from([1, 10, 100])
@@ -77,7 +77,7 @@ class StoredService(Service):
     @rule(number=PICK, size=SIZES)
     def compute_plan(self, number: int, size: int) -> None:
         """Compute a plan as a worker does. One time in eight the plan is left unconcluded."""
-        claim = plan_claims.claim(self.db, worker_id="w1", lease_seconds=LEASE)
+        claim = begin_plan(self.db, "w1")
         if claim is not None:
             self.put_cache(claim.files.train_key, claim.files.training.digest, size)
             if number:

@@ -15,15 +15,17 @@ from typing import Any
 import pytest
 
 from catalog.db.database import Database
-from catalog.errors import OutOfSpace
+from catalog.errors import OutOfSpace, StaleClaim
 from catalog.registry import base_models as record
+from catalog.scheduling.snapshot import USUAL
 from catalog.settings import Settings
 from catalog.tables.storage import BaseModelRow
 from catalog.tables.tasks import Task
 from catalog.tasks.task_queue import TaskKind
-from tests.catalog.world import claim_import_of
+from tests.catalog.world import claim_import_of, try_claim
 from worker.background import base_models, child_task
 from worker.background.child_task import Abandoned
+from worker.background.task_runner import run_next
 from worker.node import devices
 from worker.protocol.errors import disk_error
 from worker.protocol.mailbox import read_json, write_json
@@ -31,12 +33,14 @@ from worker.protocol.mailbox import read_json, write_json
 
 @pytest.fixture
 def context(tmp_path: Path) -> Iterator[Any]:
-    """Yield the part of a worker's context that worker/background/base_models.py uses."""
+    """Yield the part of a worker's context that the task runner and worker/background/base_models.py use."""
     settings = Settings(data_dir=tmp_path, heartbeat_seconds=1e-6)
     settings.bases_dir().mkdir(parents=True)
     db = Database(settings.resolved_database_url())
     db.migrate()
-    yield SimpleNamespace(settings=settings, db=db, draining=False, worker_id="w1")
+    yield SimpleNamespace(
+        settings=settings, db=db, draining=False, worker_id="w1", policy=USUAL, refused_exports=dict[str, float]()
+    )
     db.close()
 
 
@@ -51,15 +55,13 @@ def test_a_lease_is_renewed_while_files_are_hashed(context: Any, monkeypatch: py
         return {}, None
 
     def rename(target: Path, final: Path) -> None:
-        assert record.claim_import(context.db, worker_id="w1", lease_seconds=60) is None, (
-            "no other worker may import it at the same time"
-        )
+        assert try_claim(context.db, TaskKind.IMPORT) is None, "no other worker may import it at the same time"
         target.rename(final)
 
     monkeypatch.setattr(base_models, "_run_child", run_child)
     monkeypatch.setattr(base_models, "_rename", rename)
 
-    assert base_models.import_next(context)
+    assert run_next(context, [TaskKind.IMPORT])
 
     assert record.get(context.db, "large").state == "ready"
 
@@ -78,7 +80,8 @@ def test_an_import_claimed_by_another_worker_is_abandoned_during_hashing(
 
     monkeypatch.setattr(base_models, "_run_child", run_child)
 
-    assert not base_models.import_next(context)
+    with pytest.raises(StaleClaim):
+        run_next(context, [TaskKind.IMPORT])
 
     with context.db.read() as session:
         assert session.get_one(Task, (TaskKind.IMPORT, "large")).claim_id == "claim-of-another"
@@ -116,7 +119,8 @@ def test_the_import_of_a_deleted_base_is_abandoned(
 
     monkeypatch.setattr(child_task, "run_child", run_child)
 
-    assert base_models.import_next(context) is False
+    with pytest.raises(StaleClaim):
+        run_next(context, [TaskKind.IMPORT])
 
     assert sleeper.returncode is not None
     assert record.list_all(context.db) == []
@@ -159,7 +163,7 @@ def test_an_unreadable_source_fails_the_import(
         monkeypatch.setattr(Path, "iterdir", iterdir)
     record.add(context.db, name="closed", kind="folder", source=str(source))
 
-    assert base_models.import_next(context) is True
+    assert run_next(context, [TaskKind.IMPORT]) is True
 
     row = record.get(context.db, "closed")
     assert row.state == "failed"
@@ -178,7 +182,7 @@ def test_a_hub_cache_that_cannot_be_created_is_named(
     monkeypatch.setenv("HF_HOME", str(folder))
     record.add(context.db, name="remote", kind="hub", source="org/remote")
 
-    assert base_models.import_next(context) is True
+    assert run_next(context, [TaskKind.IMPORT]) is True
 
     error = record.get(context.db, "remote").error or {}
     assert error["message"] == (
@@ -194,7 +198,7 @@ def test_a_full_disk_under_the_hub_cache_is_reported_as_such(context: Any, monke
     monkeypatch.setattr(base_models.sandbox, "base_import", base_import)
     record.add(context.db, name="remote", kind="hub", source="org/remote")
 
-    assert base_models.import_next(context) is True
+    assert run_next(context, [TaskKind.IMPORT]) is True
 
     error = record.get(context.db, "remote").error or {}
     assert error["code"] == "out_of_space"
@@ -223,7 +227,7 @@ def test_a_failed_import_names_the_worker_and_the_cause(
     monkeypatch.setattr(child_task, "run_child", run_child)
     record.add(context.db, name="broken", kind="folder", source=str(tmp_path))
 
-    assert base_models.import_next(context) is True
+    assert run_next(context, [TaskKind.IMPORT]) is True
 
     error = record.get(context.db, "broken").error or {}
     assert error["message"].endswith(message)
@@ -252,7 +256,7 @@ def test_the_remedy_of_a_failed_import_fits_the_kind_of_source(
     source = "org/name" if kind == "hub" else str(tmp_path)
     record.add(context.db, name="broken", kind=kind, source=source)
 
-    assert base_models.import_next(context) is True
+    assert run_next(context, [TaskKind.IMPORT]) is True
 
     error = record.get(context.db, "broken").error or {}
     assert error["code"] == ("import_limit" if kill_signal else "import_failed")
@@ -272,7 +276,7 @@ def test_a_disk_problem_that_the_import_reports_names_the_worker(
     monkeypatch.setattr(child_task, "run_child", run_child)
     record.add(context.db, name="broken", kind="folder", source=str(tmp_path))
 
-    assert base_models.import_next(context) is True
+    assert run_next(context, [TaskKind.IMPORT]) is True
 
     error = record.get(context.db, "broken").error or {}
     assert error["code"] == code
@@ -315,7 +319,7 @@ def test_a_disk_too_full_for_a_message_is_not_blamed_on_the_model(
 
     with pytest.raises(OutOfSpace):
         base_models.ensure(context, "sound", "0" * 64)
-    assert base_models.import_next(context) is True
+    assert run_next(context, [TaskKind.IMPORT]) is True
 
     error = record.get(context.db, "sound").error or {}
     assert (error["code"], error["message"]) == ("out_of_space", "The disk on worker w1 is full.")
@@ -329,7 +333,7 @@ def test_an_import_without_progress_names_what_to_check(
     monkeypatch.setattr(child_task, "run_child", lambda *_arguments, **_options: sleeper)
     record.add(context.db, name="tiny", kind="hub", source="org/tiny")
 
-    assert base_models.import_next(context) is True
+    assert run_next(context, [TaskKind.IMPORT]) is True
 
     error = record.get(context.db, "tiny").error or {}
     assert error["code"] == "no_progress"

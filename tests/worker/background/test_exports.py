@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from catalog.db.database import read_clock
+from catalog.errors import StaleClaim
 from catalog.exports import claims, commands
 from catalog.exports.formats import Needs
 from catalog.storage import artifact_index
@@ -28,6 +29,7 @@ from tests.worker.pack_site import PackSite
 from worker.background import base_models, child_task, export_resources, exports
 from worker.background.child_task import ChildFailed
 from worker.background.export_resources import ScarceResources
+from worker.background.task_runner import run_next
 from worker.node import devices
 from worker.protocol.errors import FULL_DISK
 from worker.protocol.mailbox import read_json, write_json
@@ -117,8 +119,8 @@ def test_result_of_the_child_is_stored(site: PackSite, row: AdapterExport, child
 
     child("pass", answer)
 
-    assert exports.export_next(site.context)
-    assert not exports.export_next(site.context)
+    assert run_next(site.context, [TaskKind.EXPORT])
+    assert not run_next(site.context, [TaskKind.EXPORT])
 
     done = shown(site, row)
     assert (done.status, done.verification) == ("succeeded", MEASURED["verification"])
@@ -136,7 +138,7 @@ def test_refusal_of_the_child_fails_the_export_with_its_numbers(site: PackSite, 
     error = {"code": "bad_adapter", "message": "Its logits differ by 3 of 1.", "remedy": "Use 'merged'."}
     child("pass", reports(error))
 
-    assert exports.export_next(site.context)
+    assert run_next(site.context, [TaskKind.EXPORT])
 
     assert (shown(site, row).status, shown(site, row).error) == ("failed", error)
 
@@ -149,7 +151,7 @@ def test_crash_of_the_child_is_retried_and_names_its_last_line(
 
     for _ in range(MAX_ATTEMPTS[TaskKind.EXPORT]):
         assert shown(site, row).status == "queued"
-        assert exports.export_next(site.context)
+        assert run_next(site.context, [TaskKind.EXPORT])
 
     error = shown(site, row).error
     assert error is not None
@@ -160,7 +162,7 @@ def test_crash_of_the_child_is_retried_and_names_its_last_line(
 def test_killed_child_points_at_the_memory(site: PackSite, row: AdapterExport, child: Any) -> None:
     child("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
 
-    assert exports.export_next(site.context)
+    assert run_next(site.context, [TaskKind.EXPORT])
 
     assert attempts(site.db, row.id) == 1
     assert "ran out of memory" in str(exports._crashed("w1", ChildFailed(-9, "", is_disk_full=False)))
@@ -181,7 +183,7 @@ def test_full_disk_fails_the_export_after_counted_attempts(
 
     for _ in range(MAX_ATTEMPTS[TaskKind.EXPORT]):
         assert shown(site, row).status == "queued"
-        assert exports.export_next(site.context)
+        assert run_next(site.context, [TaskKind.EXPORT])
 
     assert error_of(site, row)["code"] == "out_of_space"
     assert error_of(site, row)["message"] == "The disk on worker w1 is full."
@@ -198,7 +200,7 @@ def test_full_store_counts_as_an_attempt(
 
     monkeypatch.setattr(site.store, "put_folder", full)
 
-    assert exports.export_next(site.context)
+    assert run_next(site.context, [TaskKind.EXPORT])
 
     assert (shown(site, row).status, attempts(site.db, row.id)) == ("queued", 1)
     assert list(site.context.scratch_dir().iterdir()) == []
@@ -228,18 +230,17 @@ def test_export_waits_for_a_worker_with_enough_resources(
             patch.setattr(devices, "free_host_bytes", lambda: 2**30)
 
         for _ in range(MAX_ATTEMPTS[TaskKind.EXPORT] + 1):
-            assert not exports.export_next(site.context)
+            assert not run_next(site.context, [TaskKind.EXPORT])
 
     assert (shown(site, row).status, attempts(site.db, row.id)) == ("queued", 0)
     assert error_of(site, row)["code"] == code
     assert re.search(message, error_of(site, row)["message"])
     assert list(site.context.scratch_dir().iterdir()) == []
-    assert not exports.export_next(site.context), "this worker has refused it"
+    assert not run_next(site.context, [TaskKind.EXPORT]), "this worker has refused it"
 
     site.context.worker_id = "w2"
     site.context.refused_exports.clear()
-    site.context.refused_exports.clear()
-    assert exports.export_next(site.context)
+    assert run_next(site.context, [TaskKind.EXPORT])
     assert (shown(site, row).status, shown(site, row).error) == ("succeeded", None)
 
 
@@ -249,16 +250,15 @@ def test_export_waits_for_a_worker_with_the_converter(site: PackSite, row: Adapt
         session.get_one(AdapterExport, row.id).format = "gguf"
         session.get_one(BaseModelRow, row.base_model).description = {"architecture": "Gemma3ForCausalLM"}
 
-    assert not exports.export_next(site.context)
+    assert not run_next(site.context, [TaskKind.EXPORT])
 
     assert error_of(site, row)["code"] == "converter_missing"
     assert "needs llama.cpp's converter, which worker w1 lacks" in error_of(site, row)["message"]
     assert "Set LORRY_GGUF_CONVERTER" in error_of(site, row)["remedy"]
     site.context.worker_id = "w2"
     site.context.refused_exports.clear()
-    site.context.refused_exports.clear()
     site.context.settings = site.settings.model_copy(update={"gguf_converter": Path("convert_hf_to_gguf.py")})
-    assert exports.export_next(site.context)
+    assert run_next(site.context, [TaskKind.EXPORT])
     assert (shown(site, row).status, shown(site, row).error) == ("succeeded", None)
 
 
@@ -269,7 +269,7 @@ def test_refused_export_is_logged_once(
     monkeypatch.setattr(devices, "free_host_bytes", lambda: 2**30)
 
     for _ in range(3):
-        assert not exports.export_next(site.context)
+        assert not run_next(site.context, [TaskKind.EXPORT])
 
     assert caplog.text.count(f"Export {row.id} waits for another worker.") == 1
 
@@ -297,7 +297,8 @@ def test_cancelled_export_stops_its_child(
     monkeypatch.setattr(child_task, "POLL_SECONDS", 0.01)
     child("import threading; threading.Event().wait()", cancel)
 
-    assert exports.export_next(site.context)
+    with pytest.raises(StaleClaim):
+        run_next(site.context, [TaskKind.EXPORT])
 
     assert (shown(site, row).status, shown(site, row).artifact) == ("cancelled", None)
     assert list(site.context.scratch_dir().iterdir()) == []
@@ -309,7 +310,7 @@ def test_worker_that_shuts_down_releases_the_export(
     monkeypatch.setattr(child_task, "POLL_SECONDS", 0.01)
     child("import threading; threading.Event().wait()", lambda _request: site.context.shutdown.set())
 
-    assert exports.export_next(site.context)
+    assert run_next(site.context, [TaskKind.EXPORT])
 
     assert (shown(site, row).status, attempts(site.db, row.id)) == ("queued", 0)
 
@@ -328,7 +329,7 @@ def test_lease_is_renewed_while_a_large_file_is_stored(
     child("pass", writes(bytes(10_000)))
     monkeypatch.setattr(child_task.task_queue, "renew", counted)
 
-    assert exports.export_next(site.context)
+    assert run_next(site.context, [TaskKind.EXPORT])
 
     assert shown(site, row).status == "succeeded"
     assert len(renewed) >= 20, "once for each chunk, which is read twice"
@@ -345,7 +346,8 @@ def test_export_that_is_lost_while_it_is_stored_is_not_recorded(
 
     child("pass", lose)
 
-    assert exports.export_next(site.context)
+    with pytest.raises(StaleClaim):
+        run_next(site.context, [TaskKind.EXPORT])
 
     assert (shown(site, row).status, shown(site, row).artifact) == ("cancelled", None)
 
@@ -355,7 +357,7 @@ def test_export_beyond_the_quota_fails(site: PackSite, row: AdapterExport, child
     with site.db.write() as session:
         session.get_one(Project, row.project_id).max_stored_bytes = 1
 
-    assert exports.export_next(site.context)
+    assert run_next(site.context, [TaskKind.EXPORT])
 
     error = shown(site, row).error
     assert error is not None
@@ -405,7 +407,7 @@ def test_access_to_the_hub_is_checked_before_the_merge(
     children.of_check = refusal(code)
     child("pass", children.answer)
 
-    assert exports.export_next(site.context)
+    assert run_next(site.context, [TaskKind.EXPORT])
 
     assert children.started == ["check"]
     assert shown(site, upload).status == status
@@ -434,7 +436,7 @@ def test_interrupted_upload_alone_is_repeated_with_the_lease_renewed(
     monkeypatch.setattr(child_task.task_queue, "renew", counted)
     monkeypatch.setattr(exports._Attempt, "_wait", pause)  # pyright: ignore[reportPrivateUsage]
 
-    assert exports.export_next(site.context)
+    assert run_next(site.context, [TaskKind.EXPORT])
 
     assert children.started == ["check", "merge", "upload", "upload", "upload"]
     done = shown(site, upload)
@@ -449,11 +451,11 @@ def test_long_outage_of_the_hub_fails_the_export_without_another_merge(
     child("pass", children.answer)
     monkeypatch.setattr(exports, "UPLOAD_PAUSES", (0.01, 0.01))
 
-    assert exports.export_next(site.context)
+    assert run_next(site.context, [TaskKind.EXPORT])
 
     assert children.started == ["check", "merge", *["upload"] * 3]
     assert (shown(site, upload).status, error_of(site, upload)["code"]) == ("failed", "hub_unreachable")
-    assert not exports.export_next(site.context)
+    assert not run_next(site.context, [TaskKind.EXPORT])
 
 
 def test_upload_that_waits_ends_when_the_export_is_cancelled(
@@ -470,7 +472,8 @@ def test_upload_that_waits_ends_when_the_export_is_cancelled(
     child("pass", answer)
     monkeypatch.setattr(exports, "UPLOAD_PAUSES", (3600.0,))
 
-    assert exports.export_next(site.context)
+    with pytest.raises(StaleClaim):
+        run_next(site.context, [TaskKind.EXPORT])
 
     assert shown(site, upload).status == "cancelled"
 
@@ -482,7 +485,7 @@ def test_worker_refuses_a_repository_that_its_own_settings_do_not_list(
     children = Children()
     child("pass", children.answer)
 
-    assert exports.export_next(site.context)
+    assert run_next(site.context, [TaskKind.EXPORT])
 
     assert children.started == []
     assert (shown(site, upload).status, error_of(site, upload)["code"]) == ("failed", "hub_repository_not_allowed")
@@ -508,7 +511,8 @@ def test_lease_is_renewed_while_the_adapter_is_fetched_and_a_lost_one_ends_it(
     monkeypatch.setattr(site.store, "open_blob", open_blob)
     monkeypatch.setattr(child_task.task_queue, "renew", counted)
 
-    assert exports.export_next(site.context)
+    with pytest.raises(StaleClaim):
+        run_next(site.context, [TaskKind.EXPORT])
 
     assert (shown(site, row).status, len(renewed), children.started) == ("cancelled", 2, [])
     assert list(site.context.scratch_dir().iterdir()) == []

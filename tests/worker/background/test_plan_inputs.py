@@ -12,19 +12,23 @@ import numpy as np
 import pytest
 
 from catalog.errors import Unavailable
-from catalog.lifecycle.preparation import MAX_LOST_PREPARATIONS, RETRY_SECONDS, retry_wait
-from catalog.plans import claims, plans
+from catalog.lifecycle.preparation import RETRY_SECONDS
+from catalog.plans import plans
 from catalog.storage import token_cache
 from catalog.storage.manifest import DamagedArtifact
 from catalog.storage.store import ArtifactStore
 from catalog.tables.plans import Plan
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import MAX_ATTEMPTS, TaskClaim, TaskKind, retry_wait
 from tests.catalog.plan_data import plan
 from tests.catalog.prepared_data import DETAILS, REPORT
+from tests.catalog.world import begin_plan
 from tests.worker.pack_site import PackSite
 from worker.background import base_models, child_task, plan_inputs, task_runner, tokenization
 from worker.background.child_task import ChildFailed
-from worker.background.task_runner import TaskRunner
+from worker.background.task_runner import run_next
 from worker.children.tokenizer.token_file import TokenFile
+from worker.context.context import WorkerContext
 
 REFUSAL = {"code": "nothing_to_learn", "message": "There is nothing in it.", "remedy": "Give another."}
 
@@ -70,13 +74,13 @@ def get_plan(site: PackSite, row: Plan) -> Plan:
 def test_a_plan_is_ready_once_both_files_are_prepared_and_compared(site: PackSite, made: list[Path]) -> None:
     row = plan(site.world, validation_file=site.world.file())
 
-    assert plan_inputs.compute_next(site.context)
+    assert run_next(site.context, [TaskKind.PLAN])
 
     computed = get_plan(site, row)
     assert (computed.state, len(made)) == ("ready", 2)
     assert (computed.found or {})["data"]["overlap"] == {"rows": 2, "of_rows": 2}
     assert plans.details(site.db, computed).training == DETAILS
-    assert not plan_inputs.compute_next(site.context)
+    assert not run_next(site.context, [TaskKind.PLAN])
     assert list(site.context.scratch_dir().iterdir()) == []
 
 
@@ -88,7 +92,7 @@ def test_a_rejected_file_fails_its_plan(site: PackSite, made: list[Path], monkey
     monkeypatch.setattr(tokenization, "_run", refuse)
     row = plan(site.world)
 
-    assert plan_inputs.compute_next(site.context)
+    assert run_next(site.context, [TaskKind.PLAN])
 
     assert (get_plan(site, row).error or {})["code"] == "nothing_to_learn"
 
@@ -102,12 +106,12 @@ def test_a_store_outage_delays_the_plan_until_a_retry(
     monkeypatch.setattr(plan_inputs, "prepare_files", fail)
     row = plan(site.world)
 
-    assert plan_inputs.compute_next(site.context)
+    assert run_next(site.context, [TaskKind.PLAN])
 
     assert get_plan(site, row).state == "computing"
-    assert claims.claim(site.db, worker_id="w1", lease_seconds=60) is None, "not yet"
+    assert begin_plan(site.db, "w1") is None, "not yet"
     site.world.clock.advance(RETRY_SECONDS + 1)
-    assert claims.claim(site.db, worker_id="w1", lease_seconds=60) is not None
+    assert begin_plan(site.db, "w1") is not None
 
 
 def test_a_plan_whose_files_crash_the_tokenizer_fails_after_retries(
@@ -119,12 +123,12 @@ def test_a_plan_whose_files_crash_the_tokenizer_fails_after_retries(
     monkeypatch.setattr(tokenization, "_run", crash)
     row = plan(site.world)
 
-    for number in range(1, MAX_LOST_PREPARATIONS + 1):
+    for number in range(1, MAX_ATTEMPTS[TaskKind.PLAN] + 1):
         assert get_plan(site, row).state == "computing"
         with pytest.raises(tokenization.PreparationDelayed):
-            plan_inputs.compute_next(site.context)
+            run_next(site.context, [TaskKind.PLAN])
         site.world.clock.advance(retry_wait(number) - 1)
-        assert not plan_inputs.compute_next(site.context), "not yet"
+        assert not run_next(site.context, [TaskKind.PLAN]), "not yet"
         site.world.clock.advance(2)
 
     assert get_plan(site, row).state == "failed"
@@ -141,9 +145,9 @@ def test_a_failed_comparison_is_reported_with_both_files_and_the_worker(
     monkeypatch.setattr(child_task, "run_child", crash)
     row = plan(site.world, validation_file=site.world.file())
 
-    for _ in range(MAX_LOST_PREPARATIONS):
+    for _ in range(MAX_ATTEMPTS[TaskKind.PLAN]):
         with pytest.raises(tokenization.PreparationDelayed):
-            plan_inputs.compute_next(site.context)
+            run_next(site.context, [TaskKind.PLAN])
         site.world.clock.advance(3600)
 
     error = get_plan(site, row).error or {}
@@ -163,13 +167,13 @@ def test_a_full_disk_during_the_comparison_counts_against_no_plan(
     row = plan(site.world, validation_file=site.world.file())
     with monkeypatch.context() as patch:
         patch.setattr(child_task, "run", full)
-        for _ in range(MAX_LOST_PREPARATIONS + 1):
+        for _ in range(MAX_ATTEMPTS[TaskKind.PLAN] + 1):
             with pytest.raises(tokenization.PreparationDelayed):
-                plan_inputs.compute_next(site.context)
+                run_next(site.context, [TaskKind.PLAN])
             site.world.clock.advance(RETRY_SECONDS + 1)
     assert get_plan(site, row).state == "computing"
 
-    assert plan_inputs.compute_next(site.context)
+    assert run_next(site.context, [TaskKind.PLAN])
 
     assert get_plan(site, row).state == "ready"
 
@@ -184,23 +188,34 @@ def test_damaged_tokens_are_recomputed_when_a_plan_compares_them(
     with monkeypatch.context() as patch:
         patch.setattr(ArtifactStore, "fetch", damaged)
         with pytest.raises(tokenization.PreparationDelayed):
-            plan_inputs.compute_next(site.context)
+            run_next(site.context, [TaskKind.PLAN])
     assert token_cache.get(site.db, row.train_prepared) is None
     site.world.clock.advance(RETRY_SECONDS + 1)
 
-    assert plan_inputs.compute_next(site.context)
+    assert run_next(site.context, [TaskKind.PLAN])
 
     assert (get_plan(site, row).state, len(made)) == ("ready", 3)
 
 
 def test_preparations_for_jobs_and_plans_alternate(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
-    order: list[str] = []
-    both = (task_runner.tokenization, "prepare_next", "job"), (task_runner.plan_inputs, "compute_next", "plan")
-    for module, name, what in both:
-        monkeypatch.setattr(module, name, lambda _, what=what: order.append(what) is None)
+    order: list[TaskKind] = []
 
-    with TaskRunner(site.context) as mine:
-        for _ in range(4):
-            mine._prepare_one()  # pyright: ignore[reportPrivateUsage]
+    def handle(context: WorkerContext, task: TaskClaim) -> bool:
+        order.append(task.kind)
+        with context.db.write() as session:
+            task_queue.finish(session, task)
+        return True
 
-    assert order == ["job", "plan", "job", "plan"]
+    kinds = (TaskKind.PREPARATION, TaskKind.PLAN)
+    monkeypatch.setattr(task_runner, "HANDLERS", dict.fromkeys(kinds, handle))
+    with site.db.write() as session:
+        for number in range(2 * len(kinds)):
+            kind, project_id = kinds[number // 2], site.world.caller.project_id
+            task_queue.add(session, kind, f"t{number}", project_id=project_id, run_after=number)
+
+    while run_next(site.context, kinds):
+        site.world.clock.advance(1)
+
+    first, second = order[:2]
+    assert {first, second} == set(kinds)
+    assert order == [first, second, first, second]

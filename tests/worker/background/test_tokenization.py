@@ -9,15 +9,17 @@ from typing import Any
 
 import pytest
 
-from catalog.lifecycle.preparation import MAX_LOST_PREPARATIONS, RETRY_SECONDS, retry_wait
+from catalog.lifecycle.preparation import RETRY_SECONDS
 from catalog.states import EndReason
 from catalog.storage import token_cache
 from catalog.storage.manifest import DamagedArtifact
 from catalog.storage.store import ArtifactStore
+from catalog.tasks.task_queue import MAX_ATTEMPTS, TaskKind, retry_wait
 from tests.catalog.world import sha
 from tests.worker.pack_site import PackSite
 from worker.background import base_models, child_task, tokenization
 from worker.background.child_task import ChildFailed
+from worker.background.task_runner import run_next
 from worker.background.tokenization import PreparationDelayed
 from worker.protocol.errors import disk_error
 
@@ -55,7 +57,7 @@ def test_a_rejected_file_leaves_the_keys_of_both_files_on_the_job(
     site.context.scratch_dir().mkdir(parents=True, exist_ok=True)
     job_id = site.world.submit(training_file=files["training_file"], validation_file=files["validation_file"]).id
 
-    assert tokenization.prepare_next(site.context)
+    assert run_next(site.context, [TaskKind.PREPARATION])
 
     job = site.world.job(job_id)
     assert (job.state, job.error and job.error["code"]) == ("failed", "nothing_to_learn")
@@ -129,30 +131,30 @@ def test_a_file_that_one_machine_cannot_prepare_waits_for_another(
     job_id = site.world.submit().id
 
     with pytest.raises(PreparationDelayed):
-        tokenization.prepare_next(site.context)
+        run_next(site.context, [TaskKind.PREPARATION])
 
     assert site.world.job(job_id).state == "validating_files"
-    assert not tokenization.prepare_next(site.context), "not yet"
+    assert not run_next(site.context, [TaskKind.PREPARATION]), "not yet"
     site.world.clock.advance(RETRY_SECONDS + 1)
     fix_machine()
-    assert tokenization.prepare_next(site.context)
-    assert (site.world.job(job_id).state, site.world.job(job_id).lost_preparations) == ("queued", 0)
+    assert run_next(site.context, [TaskKind.PREPARATION])
+    assert site.world.job(job_id).state == "queued"
 
 
 def test_a_file_that_no_machine_can_prepare_fails_after_backed_off_retries(site: PackSite, hindrance: str) -> None:
     job_id = site.world.submit().id
 
     waits: list[float] = []
-    for _ in range(MAX_LOST_PREPARATIONS):
+    for _ in range(MAX_ATTEMPTS[TaskKind.PREPARATION]):
         assert site.world.job(job_id).state == "validating_files"
         with pytest.raises(PreparationDelayed):
-            tokenization.prepare_next(site.context)
+            run_next(site.context, [TaskKind.PREPARATION])
         waits.append((site.world.job(job_id).run_after or 0.0) - site.world.clock.now)
-        site.world.clock.advance(retry_wait(MAX_LOST_PREPARATIONS))
+        site.world.clock.advance(retry_wait(MAX_ATTEMPTS[TaskKind.PREPARATION]))
 
     job = site.world.job(job_id)
     assert (job.state, job.reason, (job.error or {})["code"]) == ("failed", EndReason.INFRA_LOST, hindrance)
-    assert f"{MAX_LOST_PREPARATIONS} times" in (job.error or {})["message"]
+    assert f"{MAX_ATTEMPTS[TaskKind.PREPARATION]} times" in (job.error or {})["message"]
     assert [round(wait) for wait in waits[:-1]] == [10, 30, 90, 270]
     assert site.held() == set()
 
@@ -196,9 +198,9 @@ def test_a_full_disk_counts_against_no_job(
     monkeypatch.setattr(where, name, does)
     job_id = site.world.submit().id
 
-    for _ in range(MAX_LOST_PREPARATIONS + 1):
+    for _ in range(MAX_ATTEMPTS[TaskKind.PREPARATION] + 1):
         with pytest.raises(PreparationDelayed):
-            tokenization.prepare_next(site.context)
+            run_next(site.context, [TaskKind.PREPARATION])
         site.world.clock.advance(RETRY_SECONDS + 1)
 
-    assert (site.world.job(job_id).state, site.world.job(job_id).lost_preparations) == ("validating_files", 0)
+    assert site.world.job(job_id).state == "validating_files"
