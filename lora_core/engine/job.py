@@ -179,35 +179,28 @@ class TrainingJob:
         unit = self.unit
         assert unit is not None
         training = unit.kind == "train"
-        dropout = self.config.lora.dropout if training else 0.0
-        key = DropoutKey(probability=dropout, seed=self.config.seed, step=self.step, slice_index=index)
-        sequences = tuple(unit.dataset.row(row) for row in unit.slices[index])
+        rows, kind = unit.slices[index], self.config.objective.kind
+        sequences = tuple(unit.dataset.row(row) for row in rows)
+        has_labels = kind in ("classification", "kto") and not unit.measures_point
+        key: dict[str, int] = {"seed": self.config.seed, "step": self.step, "slice_index": index}
+        dropout = noise = None
+        if training and self.config.lora.dropout:
+            dropout = DropoutKey(probability=self.config.lora.dropout, **key)
+        if training and self.config.neftune_alpha:
+            lengths = tuple(len(ids) for ids, _ in sequences)
+            noise = NoiseKey(alpha=self.config.neftune_alpha, lengths=lengths, **key)
         return SliceInput(
             adapter=self._gradients.adapter_of(index) if training else self.adapter,
             sequences=sequences,
             label_weight=1 / unit.num_terms if training else 0.0,
-            dropout=key if dropout else None,
+            dropout=dropout,
             objective=self.config.objective,
-            labels=self._labels(unit, index),
-            token_types=tuple(unit.dataset.row_token_types(row) for row in unit.slices[index]),
+            labels=tuple(unit.dataset.row_label(row) for row in rows) if has_labels else (),
+            token_types=tuple(unit.dataset.row_token_types(row) for row in rows),
             reference_point=self.reference_point,
-            noise=self._noise(index, [len(ids) for ids, _ in sequences]) if training else None,
+            noise=noise,
             reference=self.reference,
         )
-
-    def _noise(self, slice_index: int, lengths: list[int]) -> NoiseKey | None:
-        alpha = self.config.neftune_alpha
-        if not alpha:
-            return None
-        return NoiseKey(
-            alpha=alpha, seed=self.config.seed, step=self.step, slice_index=slice_index, lengths=tuple(lengths)
-        )
-
-    def _labels(self, unit: Unit, index: int) -> tuple[float, ...]:
-        """Return the label of each row in a slice, or () for objectives without row labels."""
-        if self.config.objective.kind not in ("classification", "kto") or unit.measures_point:
-            return ()
-        return tuple(unit.dataset.row_label(row) for row in unit.slices[index])
 
     def collect(self, ranks_of_slices: Sequence[int]) -> None:
         """Add the gradients of this tick's slices, each from the rank that computed it."""
