@@ -1,17 +1,8 @@
 # pyright: basic
-"""Tests at start whether a base model can be packed on this machine, and whether packmates change bits.
+"""Tests at start, on the real base model, whether it can be packed and whether packmates change bits on this machine.
 
-Results depend on kernels, sizes and thread counts, so both tests run on the real base model:
-
-1. `refuse_mixing`. The logits of packed sequences must equal those of transformers, and not depend on later tokens. A
-   model that fails does not keep the sequences of a pack apart, and is rejected.
-2. `measure_invariance`. Three synthetic jobs train alone, together, and together in the opposite order. Gradients that
-   are equal bit for bit give the level `bitwise`, and close ones `allclose`. A model with other gradients is rejected.
-
-The packs have at most 112 rows. Larger ticks are covered because batch_invariant.py tries each matmul at each number of
-rows. Without it, such as on a GPU, a matmul may use another order of summation at any larger number of rows. With
-several threads per lane, an element-wise kernel may split a tensor among them by its size. The level is `allclose` in
-both cases, even if these packs are equal.
+`refuse_mixing` rejects a model that does not keep the sequences of a pack apart. `measure_invariance` trains synthetic
+jobs alone and together. The packs have at most 112 rows; batch_invariant.py tries each matmul of larger ticks.
 """
 
 import logging
@@ -52,7 +43,13 @@ GRADED = ObjectiveConfig(kind="classification", num_labels=NUM_PLACEHOLDER_CLASS
 
 
 def measure_invariance(base: BaseModel, lanes: Lanes) -> Invariance:
-    """Return the level of `base`, whose packs are computed in lanes as in real ticks. Raises UnsupportedModel."""
+    """Train three synthetic jobs alone, together, and together in the opposite order, in lanes as in real ticks.
+
+    Gradients that are equal bit for bit give "bitwise", and close ones "allclose". A model with other gradients is
+    rejected: raises UnsupportedModel. Without batch-invariant matmuls, such as on a GPU, a matmul may use another order
+    of summation in larger packs. With several threads per lane, an element-wise kernel may split a tensor among them by
+    its size. Both are "allclose" even if these packs are equal.
+    """
     refuse_mixing(base)
     packs = ((0,), (1,), (2,), (0, 1, 2), (2, 1, 0))
 

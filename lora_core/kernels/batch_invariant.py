@@ -1,26 +1,8 @@
 # pyright: basic
 """Batch-invariant matmuls on a CPU: a row has the same bits whatever the number of rows.
 
-A row of x M is a sum over K products. A kernel chooses the order of that sum by the shapes and strides of the matmul.
-So the bits of a row depend on how many other rows there are: below 16 rows always, with AMX at many numbers of rows. At
-a fixed number of rows, each row has the same bits at every position, whatever the other rows contain. Jobs train
-together, and their rows come and go. So:
-
-- **Definition.** The result of a matmul is that of blocks of ROW_BLOCK rows, the last one padded with zeros. It does
-  not depend on company, but is slow: a single row takes a whole block, and 1,024 rows in blocks take 1.4 to 2.2 times
-  as long as in one matmul.
-- **Trial** (`Product.matches_blocks`). A number of rows other than a block is used if it gives the bits of blocks. That
-  is tried once for each matmul, with synthetic numbers. Each row of x contains numbers and their negatives in another
-  order, and all elements of M are equal. The exact sum is 0, so the output consists of rounding errors, which differ
-  in nearly every element between two orders of summation. The blocks get the rows in reverse order, so that the trial
-  also compares positions.
-- **Pieces** (`ExactProducts.pieces`). If all rows at once fail the trial, they are divided into pieces that pass. The
-  last piece may exceed the rows that are left. It is padded.
-- **Cores.** A lane has one core (runtime/cpu_lanes.py). If there are fewer parts than cores, a matmul uses several of
-  them, after another trial with that number of threads.
-
-docs/internals/equivalence-proof.md proves from this that an adapter has the same bits in any company.
-Letters: T rows, K summed, N columns.
+ExactProducts explains how. docs/internals/equivalence-proof.md proves from it that an adapter has the same bits in any
+company. Letters: T rows, K summed, N columns.
 """
 
 from collections.abc import Iterator
@@ -116,7 +98,26 @@ class Product:
 
 
 class ExactProducts:
-    """Divides matmuls into pieces that have the bits of blocks. Remembers the trials. Shared by all lanes."""
+    """Divides matmuls into pieces that have the bits of blocks. Remembers the trials. Shared by all lanes.
+
+    A row of x M is a sum over K products. A kernel chooses the order of that sum by the shapes and strides of the
+    matmul. So the bits of a row depend on how many other rows there are: below 16 rows always, with AMX at many numbers
+    of rows. At a fixed number of rows, each row has the same bits at every position, whatever the other rows contain.
+    Jobs train together, and their rows come and go. So:
+
+    - **Definition.** The result of a matmul is that of blocks of ROW_BLOCK rows, the last one padded with zeros. It
+      does not depend on company, but is slow: a single row takes a whole block, and 1,024 rows in blocks take 1.4 to
+      2.2 times as long as in one matmul.
+    - **Trial** (`Product.matches_blocks`). A number of rows other than a block is used if it gives the bits of blocks.
+      That is tried once for each matmul, with synthetic numbers. Each row of x contains numbers and their negatives in
+      another order, and all elements of M are equal. The exact sum is 0, so the output consists of rounding errors,
+      which differ in nearly every element between two orders of summation. The blocks get the rows in reverse order, so
+      that the trial also compares positions.
+    - **Pieces** (`pieces`). If all rows at once fail the trial, they are divided into pieces that pass. The last piece
+      may exceed the rows that are left. It is padded.
+    - **Cores.** A lane has one core (runtime/cpu_lanes.py). If there are fewer parts than cores, a matmul uses several
+      of them, after another trial with that number of threads.
+    """
 
     def __init__(self, row_block: int = ROW_BLOCK) -> None:
         self.row_block = row_block
