@@ -1100,9 +1100,9 @@ class Sweep(Finishing):
     keep_adapters: str = ""
     """best: once all trials have finished, delete all adapters except the best one."""
     max_concurrent: int | None = None
-    """Maximum number of unfinished trials at one time. None: no limit."""
+    """Maximum number of unfinished trials at one time. None: 4 for tpe, else no limit."""
     num_trials: int = 0
-    """Number of trials to create; for `ask_tell`, the maximum."""
+    """Number of trials to create."""
     num_created: int = 0
     """Number of trials created so far."""
     counts: dict[str, int] = field(default_factory=dict[str, int])

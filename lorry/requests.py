@@ -225,18 +225,18 @@ class Schedule(TypedDict, total=False):
 class Search(TypedDict, total=False):
     """The search method: how parameters are chosen, and whether bad trials are stopped early."""
 
-    type: Required[Literal["grid", "random", "asha", "ask_tell"]]
-    """grid: every combination. random: `trials` independent samples. asha: random, with early stopping at rungs (asynchronous successive halving, arXiv 1810.05934). ask_tell: the client sets the parameters of each trial."""
+    type: Required[Literal["grid", "random", "tpe", "asha"]]
+    """grid: every combination. random: `trials` independent samples. tpe: `trials` samples that learn from the trials that have ended (tree-structured Parzen estimator). asha: random with the pruner asha."""
     trials: int | None
-    """Number of trials; for ask_tell the maximum. None: a grid, with one trial per combination."""
+    """Number of trials. None: a grid, with one trial per combination."""
     seed: int | None
     """Seed for sampling, and for trials whose job sets none. None: chosen at random and returned."""
+    pruner: Literal["asha"] | None
+    """asha: compare trials at rungs, and stop the worse ones (asynchronous successive halving, arXiv 1810.05934). None: stop no trial, unless the type is asha."""
     reduction_factor: int | None
     """At each rung, the best 1 of this many trials continues (asha only). None: 3."""
     min_steps: int | None
     """Optimizer steps before the first rung (asha only). Each further rung is at reduction_factor times the steps. None: chosen so that three rungs come before the last step."""
-    max_rungs: int | None
-    """Maximum number of rungs (asha only). None: all rungs before the last step."""
 
 
 class SimpoHyperparameters(TypedDict, total=False):

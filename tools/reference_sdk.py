@@ -44,7 +44,6 @@ def _attributes() -> Iterator[tuple[str, str]]:
 def functions() -> str:
     """The public functions that are not methods of a resource."""
     named = (
-        ("lorry/optuna.py", "optimize", "lorry.optuna.optimize"),
         ("lorry/verification/adapter_folder.py", "verify_folder", "lorry.verification.adapter_folder.verify_folder"),
     )
     parts: list[str] = []

@@ -47,7 +47,6 @@ NEEDED: dict[str, tuple[Scope, ...]] = {
     "list_trials": ("jobs:read",),
     "get_trial": ("jobs:read",),
     "create_sweep": ("jobs:write",),
-    "add_trial": ("jobs:write",),
     "stop_trial": ("jobs:write",),
     "close_sweep": ("jobs:write",),
     "cancel_sweep": ("jobs:write",),

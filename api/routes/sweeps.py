@@ -14,14 +14,14 @@ from api.requests.path_parameters import SweepId
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.pagination import ListPage, page_of
-from api.schemas.sweeps import SweepObject, TrialObject, TrialRequest, sweep_object, trial_object
-from catalog.search.spec import MAX_TRIALS, SweepRequest
+from api.schemas.sweeps import SweepObject, TrialObject, sweep_object, trial_object
+from catalog.spec.sweep import MAX_TRIALS, SweepRequest
 from catalog.sweeps import commands, controller, creation, queries
 
 router = Router(prefix="/v1/sweeps", tags=["sweeps"], responses=SIGNED)
 Number = Annotated[int, Path(ge=0, lt=MAX_TRIALS, description="Number of the trial, from 0.")]
 EXAMPLES: dict[str, Example] = {
-    "asha": {
+    "tpe": {
         "value": {
             "model": "smollm2-135m",
             "training_file": "file-3f2b8c9d0a1e4f5a6b7c8d9e",
@@ -30,7 +30,7 @@ EXAMPLES: dict[str, Example] = {
                 "optimizer.learning_rate": {"min": 1e-5, "max": 1e-3, "scale": "log"},
                 "lora.rank": {"values": [4, 8, 16]},
             },
-            "search": {"type": "asha", "trials": 20},
+            "search": {"type": "tpe", "trials": 20, "pruner": "asha"},
         }
     }
 }
@@ -55,8 +55,8 @@ def create_sweep(
 ) -> SweepObject:
     """Create a sweep of up to 1,000 trials. Each trial is a job with the fields of the body and its own parameters.
 
-    All trials are validated before the first one is created. Each trial counts as one request of the key. Requires the
-    scope `jobs:write`.
+    All trials are validated before the first one is created; for tpe, random ones in their place. Each trial counts as
+    one request of the key. Requires the scope `jobs:write`.
     """
     identity = identity_of(body, idempotency_key=idempotency_key, is_client_retry=is_retry)
     sweep = creation.made_before(use.db, caller=caller, **identity)
@@ -96,7 +96,7 @@ def cancel_sweep(sweep_id: SweepId, use: Use, caller: Signed, is_retry: IsRetry)
 
 @router.post("/{sweep_id}/close", operation_id="close_sweep", responses=errors(404))
 def close_sweep(sweep_id: SweepId, use: Use, caller: Signed) -> SweepObject:
-    """Close a sweep: no more trials are created or added. Existing ones continue, and then the best one is promoted.
+    """Close a sweep: no more trials are created. Existing ones continue, and then the best one is promoted.
 
     Requires the scope `jobs:write`.
     """
@@ -117,16 +117,6 @@ def list_trials(
     return page_of([trial_object(view) for view in page.items], has_more=page.has_more)
 
 
-@router.post("/{sweep_id}/trials", operation_id="add_trial", responses=errors(404, 409))
-def add_trial(body: TrialRequest, sweep_id: SweepId, use: Use, caller: Signed, is_retry: IsRetry) -> TrialObject:
-    """Add a trial with parameters of the client's choice to an `ask_tell` sweep. Requires the scope `jobs:write`."""
-    trial, job = creation.add_trial(
-        use.db, caller=caller, sweep_id=sweep_id, parameters=body.parameters, is_client_retry=is_retry
-    )
-    use.notifier.wake_workers()
-    return trial_object(queries.view_of(use.db, trial, job))
-
-
 @router.get("/{sweep_id}/trials/{number}", operation_id="get_trial", responses=errors(404))
 def get_trial(sweep_id: SweepId, number: Number, use: Use, caller: Signed) -> TrialObject:
     """Return a trial. Requires the scope `jobs:read`."""
@@ -139,7 +129,7 @@ def stop_trial(sweep_id: SweepId, number: Number, use: Use, caller: Signed, is_r
 
     It produces no adapter, and its job ends as `cancelled` with the reason `pruned`. Requires the scope `jobs:write`.
     """
-    trial, job = commands.stop_trial(
+    commands.stop_trial(
         use.db, project_id=caller.project_id, sweep_id=sweep_id, number=number, is_client_retry=is_retry
     )
-    return trial_object(queries.view_of(use.db, trial, job))
+    return get_trial(sweep_id, number, use, caller)

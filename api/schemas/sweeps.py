@@ -9,10 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from api.schemas import CreatedAt, ObjectId
 from api.schemas.errors import StoredError
 from api.schemas.jobs import Phase, phase_of
-from catalog.search.fields import VARIABLE
-from catalog.search.spec import Goal, Metric, Objective, SearchType, SweepRequest, SweepState
 from catalog.spec.model_fields import resolved_schema
-from catalog.spec.strict import Strict
+from catalog.spec.sweep import Goal, Metric, Objective, SearchType, SweepRequest, SweepState
 from catalog.sweeps.queries import SweepView, TrialView
 
 TRIAL_EXAMPLE: dict[str, Any] = {
@@ -42,7 +40,7 @@ SWEEP_EXAMPLE: dict[str, Any] = {
     "training_file": "file-3f2b8c9d0a1e4f5a6b7c8d9e",
     "validation_file": "file-4a3b8c9d0a1e4f5a6b7c8d9e",
     "parameters": {"lora.rank": {"values": [4, 8, 16]}},
-    "search": {"type": "asha", "trials": 20, "seed": 7, "min_steps": 10, "reduction_factor": 3, "max_rungs": None},
+    "search": {"type": "tpe", "trials": 20, "seed": 7, "pruner": "asha", "min_steps": 10, "reduction_factor": 3},
     "objective": {"metric": "valid_loss", "goal": "minimize"},
     "keep_adapters": "all",
     "max_concurrent": None,
@@ -59,15 +57,8 @@ SWEEP_EXAMPLE: dict[str, Any] = {
 }
 
 
-class TrialRequest(Strict):
-    """A trial to add to an `ask_tell` sweep."""
-
-    model_config = ConfigDict(json_schema_extra={"example": {"parameters": {"lora.rank": 8}}})
-    parameters: dict[str, Any] = Field(
-        max_length=64,
-        description="Values of job fields by dotted path. {}: the sweep's job without changes.",
-        json_schema_extra={"propertyNames": {"enum": [*VARIABLE]}},
-    )
+COLUMNS = ("max_concurrent", "num_trials", "num_created", "is_closed", "cancel_requested", "error")
+"""Fields of a sweep that are columns."""
 
 
 class TrialObject(BaseModel):
@@ -95,13 +86,13 @@ class SearchObject(BaseModel):
     """The search for parameters, with all settings resolved."""
 
     type: SearchType = Field(description="Search method of the sweep.")
-    trials: int = Field(description="Number of trials; for ask_tell, the maximum.")
+    trials: int = Field(description="Number of trials.")
     seed: int = Field(description="Seed for sampling, given or drawn.")
-    min_steps: int | None = Field(
-        description="Optimizer step of the first rung. Null, like the next two fields, if the search stops no trials."
+    pruner: Literal["asha"] | None = Field(description="Method that stops bad trials early; null: no trial is stopped.")
+    min_steps: int | None = Field(description="Optimizer step of the first rung. Null without a pruner.")
+    reduction_factor: int | None = Field(
+        description="At each rung, the best 1 of this many trials continues. Null without a pruner."
     )
-    reduction_factor: int | None = Field(description="At each rung, the best 1 of this many trials continues.")
-    max_rungs: int | None = Field(description="Maximum number of rungs.")
 
 
 class ObjectiveObject(BaseModel):
@@ -134,7 +125,7 @@ class SweepObject(BaseModel):
     objective: ObjectiveObject = Field(description="The metric by which trials are compared, resolved.")
     keep_adapters: Literal["all", "best"]
     max_concurrent: int | None
-    num_trials: int = Field(description="Number of trials to create; for `ask_tell`, the maximum.")
+    num_trials: int = Field(description="Number of trials to create.")
     num_created: int = Field(description="Number of trials created so far.")
     counts: dict[str, int] = Field(description="Number of created trials by status.")
     is_closed: bool = Field(description="Whether no further trial is created.")
@@ -152,7 +143,9 @@ def sweep_object(view: SweepView) -> SweepObject:
     row, best = view.sweep, view.best
     requested: dict[str, Any] = row.requested
     objective = Objective.model_validate(requested.get("objective") or {})
-    rungs: dict[str, Any] = row.rungs or {"min_steps": None, "reduction_factor": None, "max_rungs": None}
+    rungs: dict[str, Any] = {"pruner": None, "min_steps": None, "reduction_factor": None}
+    if row.rungs is not None:
+        rungs |= {"pruner": "asha", **row.rungs}
     is_kept = row.finished_at is not None and view.best_adapter is not None
     return SweepObject.model_validate(
         {
@@ -165,13 +158,11 @@ def sweep_object(view: SweepView) -> SweepObject:
             "search": {"type": requested["search"]["type"], "trials": row.num_trials, "seed": row.seed, **rungs},
             "objective": {"metric": objective.metric, "goal": objective.resolved_goal()},
             "keep_adapters": requested.get("keep_adapters") or "all",
-            "max_concurrent": requested.get("max_concurrent"),
-            **{name: getattr(row, name) for name in ("num_trials", "num_created", "is_closed", "cancel_requested")},
+            **{name: getattr(row, name) for name in COLUMNS},
             "counts": view.counts,
             "best_trial": None if best is None else trial_object(best),
             "best_adapter": view.best_adapter if is_kept else None,
             "fine_tuned_model": best.job.adapter_name if is_kept and best is not None else None,
-            "error": row.error,
             "requested": requested,
         }
     )

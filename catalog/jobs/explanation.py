@@ -14,6 +14,7 @@ from catalog.fleet import gangs as gang_views
 from catalog.fleet.views import LoadedTrainer
 from catalog.history.queries import find
 from catalog.lifecycle import deadlines
+from catalog.lifecycle.trials import trial_of
 from catalog.queue import charging, listing
 from catalog.resources import sharding, throughput
 from catalog.resources.memory import readable
@@ -22,7 +23,6 @@ from catalog.resources.sharding import SINGLE
 from catalog.scheduling import ordering
 from catalog.scheduling.ordering import QueueEntry
 from catalog.scheduling.snapshot import PATIENCE_SECONDS, USUAL, Capacity, Policy
-from catalog.search.trials import trial_of
 from catalog.states import MAX_COUNTED_ATTEMPTS, EndReason, JobState, PriorityClass
 from catalog.tables.fleet import Worker
 from catalog.tables.history import Attempt

@@ -148,16 +148,15 @@ def submit(
     body_digest: str | None,
     now: float,
     sweep_id: str | None = None,
-    is_promised: bool = False,
     fleet_defaults: FleetDefaults | None = None,
 ) -> Job:
     """Create a job within a transaction.
 
     targets: the result of `resolve_targets`, called before the transaction. body_digest: None if clients do not retry
-    the submission on their own. is_promised: the quota already counts the job as part of its sweep. fleet_defaults: see
-    `accept`. Raises the errors of `accept` and `job_row`.
+    the submission on their own. sweep_id: the job is a trial of this sweep, which the key's quota already counts.
+    fleet_defaults: see `accept`. Raises the errors of `accept` and `job_row`.
     """
-    quotas.check_submission(session, caller, now=now, is_promised=is_promised)
+    quotas.check_submission(session, caller, now=now, is_promised=sweep_id is not None)
     if isinstance(request, AgreedPlan):
         accepted = accept_planned(session, caller, request, now=now)
     elif isinstance(request, Reproduction):

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 
 from catalog.lifecycle import failures
 from catalog.lifecycle.transitions import move
-from catalog.search.trials import ended_for
+from catalog.lifecycle.trials import ended_for
 from catalog.states import ENDINGS, MAX_COUNTED_ATTEMPTS, MAX_LOSSES, EndReason, JobState, Verb, reasons
 from catalog.storage.manifest import DAMAGED
 from catalog.tables.history import Attempt, Checkpoint

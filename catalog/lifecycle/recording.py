@@ -12,9 +12,9 @@ from sqlalchemy.orm import Session
 from catalog.db.database import Database, read_clock
 from catalog.history import events, metric_store
 from catalog.history.metric_points import Point
+from catalog.lifecycle import trials
 from catalog.lifecycle.fencing import hold
 from catalog.registry import checkpoints
-from catalog.search import trials
 from catalog.storage import artifact_index
 from catalog.storage.manifest import Manifest
 from catalog.tables.history import Checkpoint, JobEvent

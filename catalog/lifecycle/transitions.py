@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from catalog.db import lease
 from catalog.errors import Conflict
 from catalog.history import events, tracker_runs
-from catalog.search import trials
+from catalog.lifecycle import trials
 from catalog.states import FINAL_STATES, EndReason, JobState, Verb, next_state
 from catalog.tables.jobs import Job
 from catalog.tasks import task_queue

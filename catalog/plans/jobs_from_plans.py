@@ -12,8 +12,8 @@ from catalog.admission.accept import Accepted, accept
 from catalog.db.database import Database
 from catalog.errors import Conflict
 from catalog.plans import plans
-from catalog.search.fields import value_at
 from catalog.spec.job import FleetDefaults, JobRequest, JobSpec, PlannedJob
+from catalog.spec.model_fields import value_at
 from catalog.spec.validation_messages import value_text
 from catalog.tables.plans import Plan
 from catalog.tenancy.authentication import Caller

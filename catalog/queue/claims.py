@@ -19,7 +19,7 @@ from catalog.db.database import Database, read_clock
 from catalog.errors import LorryError
 from catalog.fleet import cordons
 from catalog.history import events, result_files
-from catalog.lifecycle import recovery
+from catalog.lifecycle import recovery, trials
 from catalog.lifecycle.fencing import hold
 from catalog.lifecycle.outcomes import close_attempt, end_attempt
 from catalog.lifecycle.recording import (
@@ -31,7 +31,6 @@ from catalog.lifecycle.transitions import move
 from catalog.queue import charging, preemption
 from catalog.registry import lineage_comparison
 from catalog.scheduling.snapshot import USUAL, Policy
-from catalog.search import trials
 from catalog.states import ENDINGS, EndReason, JobState, Verb
 from catalog.storage import artifact_index
 from catalog.storage.manifest import Manifest

@@ -230,11 +230,6 @@ def _no_best_adapter(sweep: Sweep | None, name: str, param: str) -> NotFound:
     if sweep.finished_at is None:
         message = f"Sweep {sweep.id} has not finished, so it has no best adapter yet."
         remedy = f"Wait until the sweep finishes: `lorry sweeps show {sweep.id}` shows its state."
-        is_open = sweep.requested["search"]["type"] == "ask_tell" and not sweep.is_closed
-        if is_open and sweep.num_created < sweep.num_trials:
-            remedy = (
-                f"Close the sweep to new trials: `lorry sweeps close {sweep.id}`. Then wait until its trials finish."
-            )
         return NotFound("adapter", name, message=message, remedy=remedy, param=param)
     if sweep.best_job is None:
         message = f"Sweep {sweep.id} finished without a successful trial, so it has no best adapter."

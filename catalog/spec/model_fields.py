@@ -1,10 +1,10 @@
-"""The fields of a pydantic model by dotted path, such as `lora.rank`, and the schemas of resolved fields. Pure."""
+"""The fields of a pydantic model or a body by dotted path, such as `lora.rank`. Schemas of resolved fields. Pure."""
 
 from __future__ import annotations
 
 import re
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Union, cast, get_args, get_origin
 
 from pydantic import BaseModel
@@ -71,3 +71,22 @@ def resolved(schema: dict[str, Any], spec: type[BaseModel]) -> None:
     for field in schema["properties"].values():
         field.pop("default", None)
     schema["required"] = list(schema["properties"])
+
+
+def with_values(body: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a body in which each dotted path has its value. Missing groups are created."""
+    changed = dict(body)
+    for path, value in values.items():
+        group, _, rest = path.partition(".")
+        inner: Any = changed.get(group)
+        known: Mapping[str, Any] = cast(Mapping[str, Any], inner) if isinstance(inner, Mapping) else {}
+        changed[group] = with_values(known, {rest: value}) if rest else value
+    return changed
+
+
+def value_at(body: Mapping[str, Any], path: str) -> Any:
+    """Return the value at the dotted path; None if the body does not set it."""
+    found: Any = body
+    for name in path.split("."):
+        found = cast(Mapping[str, Any], found).get(name) if isinstance(found, Mapping) else None
+    return found

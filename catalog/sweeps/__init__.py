@@ -1,4 +1,1 @@
-"""Sweeps: several jobs that differ in stated fields, created by one request. Each trial is an ordinary job.
-
-catalog/search has the specification and the search space.
-"""
+"""Sweeps: several jobs that differ in stated fields, created by one request. Each trial is an ordinary job."""

@@ -10,7 +10,7 @@ from catalog.db.database import Database, read_clock
 from catalog.errors import Conflict
 from catalog.history import queries
 from catalog.jobs import commands
-from catalog.search.trials import find_sweep, find_trial
+from catalog.sweeps.queries import find_sweep, find_trial
 from catalog.tables.jobs import Job
 from catalog.tables.sweeps import Sweep, Trial
 
@@ -49,13 +49,11 @@ def close(db: Database, *, project_id: str, sweep_id: str) -> Sweep:
         return sweep
 
 
-def stop_trial(
-    db: Database, *, project_id: str, sweep_id: str, number: int, is_client_retry: bool = False
-) -> tuple[Trial, Job]:
+def stop_trial(db: Database, *, project_id: str, sweep_id: str, number: int, is_client_retry: bool = False) -> None:
     """Stop a trial before its last step, at once if no worker trains it. It creates no adapter.
 
-    is_client_retry: the client repeats a request that had no reply; a stopped trial is then returned. Raises NotFound,
-    and Conflict if the trial has finished.
+    is_client_retry: the client repeats a request that had no reply; the trial may then be stopped already. Raises
+    NotFound, and Conflict if the trial has finished.
     """
     with db.write() as session:
         sweep = find_sweep(session, project_id, sweep_id)
@@ -63,16 +61,15 @@ def stop_trial(
         job = queries.find(session, project_id, trial.job_id, locked=True)
         session.refresh(trial)
         if not (is_client_retry and trial.stopped is not None):
-            _stop(session, trial, job)
-        return trial, job
+            stop(session, trial, job, BY_CLIENT, now=read_clock(session))
 
 
-def _stop(session: Session, trial: Trial, job: Job) -> None:
+def stop(session: Session, trial: Trial, job: Job, why: str, *, now: float) -> None:
     """Stop the trial. If its job is being cancelled, the trial counts as cancelled, not as stopped."""
     is_cancelled = job.cancel_requested
-    commands.stop(session, job, commands.PRUNE, now=read_clock(session))
+    commands.stop(session, job, commands.PRUNE, now=now)
     if trial.stopped is None and not is_cancelled:
-        trial.stopped = BY_CLIENT
+        trial.stopped = why
 
 
 def _noted(session: Session, type: AuditType, sweep: Sweep) -> float:  # noqa: A002

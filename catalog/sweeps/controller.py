@@ -1,4 +1,4 @@
-"""The controller of sweeps: creates the next trials, cancels all trials, and records the best one.
+"""The controller of sweeps: prunes trials, creates the next ones, cancels all trials, and records the best one.
 
 `advance` takes one step for one sweep, in one short transaction. Every API server calls it periodically, so if one is
 killed, another continues. Workers don't call it, because they may not create jobs. Jobs are locked before the sweep,
@@ -8,22 +8,22 @@ never after. Before each round of trials, the validity module checks the key and
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.orm import Session
 
-from catalog.admission.accept import resolve_targets
 from catalog.admission.target_layers import Targets, TargetsOutdated
 from catalog.caller import Caller
 from catalog.db.database import Database, read_clock, serialize
 from catalog.errors import LorryError, QuotaExceeded
-from catalog.fleet import views
+from catalog.history import events
 from catalog.jobs import commands
-from catalog.search.trials import design_of, find_sweep
-from catalog.states import UNFINISHED_STATES, JobState
+from catalog.states import FINAL_STATES, UNFINISHED_STATES, JobState
 from catalog.sweeps import validity
-from catalog.sweeps.creation import AT_ONCE, Draft, Drafts, draft_of, make_trial
+from catalog.sweeps.commands import stop
+from catalog.sweeps.creation import AT_ONCE, Drafts, design_of, draft, make_trials
+from catalog.sweeps.queries import best_trial, find_sweep
+from catalog.sweeps.study import PastTrial, judge
 from catalog.tables.jobs import Job
 from catalog.tables.storage import Adapter, Artifact
 from catalog.tables.sweeps import Sweep, Trial
@@ -36,30 +36,24 @@ HELD_SECONDS = 60.0
 """How long until a sweep retries to create trials after its project has reached a quota."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Round:
-    """The next trials of a sweep, drafted before the transaction that creates them."""
-
-    drafts: Drafts
-    error: LorryError | None = None
-    """Why no more trials than the drafts are possible."""
-
-
 def advance(db: Database, sweep_id: str | None = None) -> bool:
     """Take one step for the given sweep, or for the one that has been due longest. Returns False if none is due."""
     with db.read() as session:
         due = select(Sweep).where(Sweep.due_at <= read_clock(session))
         due = due if sweep_id is None else due.where(Sweep.id == sweep_id)
         found = session.scalar(due.order_by(Sweep.due_at).limit(1))
+        past = [] if found is None or found.requested["search"]["type"] != "tpe" else _past(session, found)
     if found is None:
         return False
-    next_round = _draft(db, found)
+    drafts = _draft(db, found, past)
     with db.write() as session:
         serialize(session, f"advance {found.id}")
-        if _cancel_some(session, found.id):
+        now = read_clock(session)
+        if _cancel_some(session, found.id, now=now):
             return True
+        _prune(session, found, now=now)
         sweep = find_sweep(session, found.project_id, found.id, locked=True)
-        _continue(session, sweep, next_round, now=read_clock(session))
+        _continue(session, sweep, drafts, now=now)
         return True
 
 
@@ -74,26 +68,28 @@ def advance_some(db: Database, *, most: int) -> int:
     return most
 
 
-def _draft(db: Database, sweep: Sweep) -> _Round:
+def _past(session: Session, sweep: Sweep) -> list[PastTrial]:
+    rows = select(Trial, Job.state).join(Job, Job.id == Trial.job_id).where(Trial.sweep_id == sweep.id)
+    found = session.execute(rows.order_by(Trial.number)).all()
+    return [PastTrial(trial=trial, state=JobState(state)) for trial, state in found[: sweep.num_created]]
+
+
+def _draft(db: Database, sweep: Sweep, past: list[PastTrial]) -> Drafts:
     """Return drafts of as many trials as one transaction creates; none if the sweep creates no more."""
-    drafts, error = list[Draft](), None
-    targets = Targets()
+    first, error = sweep.num_created, None
     if _makes_trials(sweep):
-        number = min(AT_ONCE, sweep.requested.get("max_concurrent") or AT_ONCE, sweep.num_trials - sweep.num_created)
         try:
-            design = design_of(sweep)
-            for each in range(sweep.num_created, sweep.num_created + number):
-                drafts.append(draft_of(design, design.parameters_of(each)))
+            number = min(AT_ONCE, sweep.max_concurrent or AT_ONCE)
+            return draft(db, _caller(sweep), design_of(sweep), first=first, number=number, past=past)
         except LorryError as raised:
             error = raised
-        targets = resolve_targets(db, _caller(sweep), [draft.request for draft in drafts])
-    return _Round(drafts=Drafts(first=sweep.num_created, trials=drafts, targets=targets), error=error)
+    return Drafts(first=first, trials=(), targets=Targets(), error=error)
 
 
 def _makes_trials(sweep: Sweep) -> bool:
-    """Return whether the controller still has to create trials of the sweep. Clients create those of ask_tell."""
+    """Return whether the controller still has to create trials of the sweep."""
     is_open = not (sweep.is_closed or sweep.cancel_requested or sweep.finished_at is not None)
-    return is_open and sweep.num_created < sweep.num_trials and sweep.requested["search"]["type"] != "ask_tell"
+    return is_open and sweep.num_created < sweep.num_trials
 
 
 def _caller(sweep: Sweep) -> Caller:
@@ -109,12 +105,12 @@ def _caller(sweep: Sweep) -> Caller:
     )
 
 
-def _cancel_some(session: Session, sweep_id: str) -> bool:
+def _cancel_some(session: Session, sweep_id: str, *, now: float) -> bool:
     """Cancel some trials of a sweep whose cancellation is requested. Returns False if none is left to cancel."""
     if not session.scalar(select(Sweep.cancel_requested).where(Sweep.id == sweep_id)):
         return False
     some = select(Job).where(*_to_cancel(sweep_id)).order_by(Job.id).limit(CANCELLED_AT_ONCE).with_for_update(of=Job)
-    jobs, now = list(session.scalars(some)), read_clock(session)
+    jobs = list(session.scalars(some))
     for job in jobs:
         commands.stop(session, job, commands.CANCEL, now=now)
     return bool(jobs)
@@ -125,26 +121,52 @@ def _to_cancel(sweep_id: str) -> tuple[ColumnElement[bool], ...]:
     return Job.sweep_id == sweep_id, Job.state.in_(UNFINISHED_STATES), Job.cancel_requested.is_(False)
 
 
-def _continue(session: Session, sweep: Sweep, next_round: _Round, *, now: float) -> None:
+def _prune(session: Session, sweep: Sweep, *, now: float) -> None:
+    """Judge the trials that have reached a rung, and stop those that are not good enough. Locks their jobs."""
+    reached = select(Trial.job_id).where(*_to_judge(sweep.id))
+    waiting = select(Job).where(Job.id.in_(reached)).order_by(Job.id).with_for_update(of=Job)
+    jobs = {job.id: job for job in session.scalars(waiting)}
+    if not jobs or sweep.rungs is None:
+        return
+    rows = select(Trial).where(Trial.sweep_id == sweep.id).order_by(Trial.number)
+    trials = [row for row in session.scalars(rows) if row.job_id in jobs or row.pruner_state]
+    for job_id, must_stop in judge(sweep.rungs, trials, jobs).items():
+        trial, job = session.get_one(Trial, job_id), jobs[job_id]
+        step, trial.reached_step, trial.reached_score = trial.reached_step, None, None
+        if must_stop and job.state not in FINAL_STATES and not job.cancel_requested:
+            why = (
+                f"At rung {trial.rung}, step {step}, it was not among the best 1/{sweep.rungs['reduction_factor']} of "
+            )
+            why += "the trials that have reached it"
+            stop(session, trial, job, why, now=now)
+            events.add(session, job_id, now=now, message=f"{why}.", data={"step": step})
+
+
+def _to_judge(sweep_id: str) -> tuple[ColumnElement[bool], ...]:
+    """Return the conditions for the trials that have reached a rung where they have not been judged."""
+    return Trial.sweep_id == sweep_id, Trial.reached_step.is_not(None)
+
+
+def _continue(session: Session, sweep: Sweep, drafts: Drafts, *, now: float) -> None:
     if sweep.due_at is None:
         return
     if sweep.cancel_requested and session.scalar(select(Job.id).where(*_to_cancel(sweep.id)).limit(1)) is not None:
         return  # a user has cancelled the sweep since `_cancel_some`, and the next step cancels its trials
+    if session.scalar(select(Trial.job_id).where(*_to_judge(sweep.id)).limit(1)) is not None:
+        return  # a trial has reached a rung since `_prune`, and the next step judges it
     sweep.due_at = None
-    unfinished = _count_unfinished(session, sweep)
-    if sweep.num_created < sweep.num_trials and not (sweep.is_closed or sweep.cancel_requested):
-        if not _makes_trials(sweep):
-            return
-        limit = sweep.requested.get("max_concurrent") or sweep.num_trials
-        max_trials = min(AT_ONCE, limit - unfinished)
-        if max_trials > 0:
-            sweep.due_at = _make(session, sweep, next_round, max_trials, now=now)
-    elif not unfinished:
+    unfinished = select(func.count()).where(Job.sweep_id == sweep.id, Job.state.in_(UNFINISHED_STATES))
+    num_unfinished = session.scalar(unfinished) or 0
+    if _makes_trials(sweep):
+        limit = min(AT_ONCE, (sweep.max_concurrent or sweep.num_trials) - num_unfinished)
+        if limit > 0:
+            sweep.due_at = _make(session, sweep, drafts, limit, now=now)
+    elif not num_unfinished:
         _finish(session, sweep, now=now)
 
 
-def _make(session: Session, sweep: Sweep, next_round: _Round, max_trials: int, *, now: float) -> float | None:
-    """Create up to `max_trials` trials. Returns when the sweep needs its next step; None: once a trial has finished.
+def _make(session: Session, sweep: Sweep, drafts: Drafts, limit: int, *, now: float) -> float | None:
+    """Create up to `limit` trials. Returns when the sweep needs its next step; None: once a trial has finished.
 
     If no more trials are possible, for example because the base model was deleted, the sweep is closed and records
     the error, and existing trials continue. If the project has reached a quota, the sweep retries later.
@@ -154,37 +176,17 @@ def _make(session: Session, sweep: Sweep, next_round: _Round, max_trials: int, *
         validity.close(session, sweep, error, now=now)
         return now
     try:
-        num_made = _make_drafted(session, sweep, next_round, max_trials, now=now)
-    except TargetsOutdated:
-        session.refresh(sweep, with_for_update=True)
-        return now + OUTDATED_SECONDS
-    except QuotaExceeded:
-        session.refresh(sweep, with_for_update=True)
-        return now + HELD_SECONDS
+        num_made = make_trials(session, _caller(sweep), sweep, drafts, limit=limit, now=now)
     except LorryError as error:
         session.refresh(sweep, with_for_update=True)
-        sweep.is_closed = True
-        sweep.error = error.as_job_error()
+        if isinstance(error, TargetsOutdated):
+            return now + OUTDATED_SECONDS
+        if isinstance(error, QuotaExceeded):
+            return now + HELD_SECONDS
+        sweep.is_closed, sweep.error = True, error.as_job_error()
         return now
-    if sweep.num_created == sweep.num_trials:
-        return None
-    is_limited = num_made == max_trials < AT_ONCE  # max_concurrent is the limit
-    return None if is_limited else now
-
-
-def _make_drafted(session: Session, sweep: Sweep, next_round: _Round, max_trials: int, *, now: float) -> int:
-    """Create up to `max_trials` of the drafted trials that no other process has created. Returns how many."""
-    defaults = views.fleet_defaults(session, now=now)
-    for num_made in range(min(max_trials, sweep.num_trials - sweep.num_created)):
-        draft = next_round.drafts.of(sweep.num_created)
-        if draft is None:
-            if next_round.error is not None:
-                raise next_round.error
-            return num_made
-        with ledger.savepoint(session):
-            targets = next_round.drafts.targets
-            make_trial(session, _caller(sweep), sweep, draft, targets, now=now, fleet_defaults=defaults)
-    return max_trials
+    is_limited = num_made == limit < AT_ONCE  # max_concurrent is the limit
+    return None if is_limited or sweep.num_created == sweep.num_trials else now
 
 
 def _finish(session: Session, sweep: Sweep, *, now: float) -> None:
@@ -194,13 +196,6 @@ def _finish(session: Session, sweep: Sweep, *, now: float) -> None:
     sweep.finished_at, sweep.best_job, sweep.is_closed = now, best and best.job_id, True
     if best is not None and sweep.requested.get("keep_adapters") == "best":
         _delete_others(session, sweep, best, now=now)
-
-
-def best_trial(session: Session, sweep_id: str) -> Trial | None:
-    """Return the best of the succeeded trials, of equal ones the earliest."""
-    done = select(Trial).join(Job, Job.id == Trial.job_id)
-    done = done.where(Trial.sweep_id == sweep_id, Job.state == JobState.SUCCEEDED)
-    return session.scalar(done.order_by(Trial.score, Trial.number).limit(1))
 
 
 def _delete_others(session: Session, sweep: Sweep, best: Trial, *, now: float) -> None:
@@ -214,8 +209,3 @@ def _delete_others(session: Session, sweep: Sweep, best: Trial, *, now: float) -
     kept = kept.join(Artifact, Artifact.digest == Adapter.artifact).where(Adapter.id.in_(gone))
     ledger.store(session, sweep.project_id, -(session.scalar(kept) or 0), now=now)
     session.execute(update(Adapter).where(Adapter.id.in_(gone)).values(deleted_at=now))
-
-
-def _count_unfinished(session: Session, sweep: Sweep) -> int:
-    unfinished = (Job.sweep_id == sweep.id, Job.state.in_(UNFINISHED_STATES))
-    return session.scalar(select(func.count()).where(*unfinished)) or 0

@@ -7,10 +7,11 @@ that other processes never wait long to write. The request of a trial is drafted
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import cast
 
+from pydantic import ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -19,18 +20,18 @@ from catalog.admission.target_layers import Targets, retried
 from catalog.audit.log import note
 from catalog.caller import Caller
 from catalog.db.database import Database, read_clock, serialize
-from catalog.errors import Conflict
+from catalog.errors import Conflict, LorryError
 from catalog.fleet import views
 from catalog.jobs import submission
 from catalog.jobs.submission import CLIENT_RETRY_SECONDS, check_idempotency_key, key_reused
-from catalog.search.design import Design, check_given, checked, designed, fewest_steps, rungs
-from catalog.search.spec import SweepRequest
-from catalog.search.trials import design_of, find_sweep
-from catalog.spec.job import FleetDefaults, JobRequest
-from catalog.tables.jobs import Job
+from catalog.spec.job import JobRequest
+from catalog.spec.sweep import TPE_AT_ONCE, SweepRequest
+from catalog.spec.validation_messages import Problem, field_path
+from catalog.sweeps.design import Design, checked, designed, rungs
+from catalog.sweeps.study import PastTrial
 from catalog.tables.storage import File
 from catalog.tables.sweeps import Sweep, Trial
-from catalog.tables.table import new_id
+from catalog.tables.table import Json, new_id
 from catalog.tenancy.authentication import check_valid
 from catalog.usage import ledger, quotas
 
@@ -39,24 +40,17 @@ AT_ONCE = 10
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Draft:
-    """A trial that can be created: its parameters, and the checked request of its job."""
-
-    parameters: Mapping[str, Any]
-    request: JobRequest
-    is_promised: bool
-    """The trial was counted against the key's daily limit when its sweep was accepted."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class Drafts:
-    """The next trials of a sweep, starting with number `first`, and the layers that their jobs adapt."""
+    """The next trials of a sweep, with numbers from `first`, and the layers that their jobs adapt."""
 
     first: int
-    trials: Sequence[Draft]
+    trials: Sequence[tuple[Json, JobRequest]]
+    """The parameters of each trial, and the checked request of its job."""
     targets: Targets
+    error: LorryError | None = None
+    """Why no more trials than these are possible."""
 
-    def of(self, number: int) -> Draft | None:
+    def of(self, number: int) -> tuple[Json, JobRequest] | None:
         """Return the draft of the trial with this number, or None."""
         return self.trials[number - self.first] if 0 <= number - self.first < len(self.trials) else None
 
@@ -76,9 +70,12 @@ def create(
     """
     check_idempotency_key(idempotency_key)
     design = _whole_design(db, request)
+    limit = request.max_concurrent or (TPE_AT_ONCE if request.search.type == "tpe" else None)
 
     def attempt() -> Sweep:
-        drafts = _first_drafts(db, caller, request, design)
+        drafts = draft(db, caller, design, first=0, number=min(AT_ONCE, limit or AT_ONCE))
+        if drafts.error is not None:
+            raise drafts.error
         with db.write() as session:
             serialize(session, f"sweep of {caller.project_id} {idempotency_key or caller.api_key_id + body_digest}")
             now = read_clock(session)
@@ -86,39 +83,29 @@ def create(
             if earlier is not None:
                 return earlier
             check_valid(session, caller.api_key_id, now=now)
-            sweep = _row(caller, request, design, now=now)
-            sweep.idempotency_key, sweep.body_digest = idempotency_key, body_digest
-            _accept(session, caller, sweep, design, drafts, now=now)
+            sweep = Sweep(
+                id=new_id("sweep"),
+                project_id=caller.project_id,
+                created_at=now,
+                created_by=caller.api_key_id,
+                idempotency_key=idempotency_key,
+                body_digest=body_digest,
+                requested=request.model_dump(mode="json", exclude_unset=True),
+                seed=design.seed,
+                num_trials=design.num_trials,
+                max_concurrent=limit,
+                rungs=design.rungs,
+                training_file=request.training_file,
+                validation_file=request.validation_file,
+                state="running",
+                num_created=0,
+                is_closed=False,
+                cancel_requested=False,
+            )
+            _accept(session, caller, sweep, drafts, now=now)
             return sweep
 
     return retried(attempt)
-
-
-def _first_drafts(db: Database, caller: Caller, request: SweepRequest, design: Design) -> Drafts:
-    """Return drafts of the trials that are created with the sweep. An ask_tell sweep has none: its draft without
-    parameters represents what its trials share, and is only checked."""
-    if design.search == "ask_tell":
-        trials = [draft_of(design, {})]
-    else:
-        number = min(AT_ONCE, request.max_concurrent or AT_ONCE, design.num_trials)
-        trials = [draft_of(design, design.parameters_of(each)) for each in range(number)]
-    return Drafts(first=0, trials=trials, targets=resolve_targets(db, caller, [draft.request for draft in trials]))
-
-
-def _accept(session: Session, caller: Caller, sweep: Sweep, design: Design, drafts: Drafts, *, now: float) -> None:
-    is_chosen_here = design.search != "ask_tell"
-    if is_chosen_here:
-        quotas.check_key(session, caller, num_jobs=design.num_trials, now=now)
-    _try(session, caller, drafts, now=now)
-    session.add(sweep)
-    session.flush()
-    details = {"model": sweep.requested["model"], "search": design.search, "trials": design.num_trials}
-    note(session, "sweep.created", now=now, object_id=sweep.id, project_id=sweep.project_id, details=details)
-    if is_chosen_here:
-        defaults = views.fleet_defaults(session, now=now)
-        for draft in drafts.trials:
-            make_trial(session, caller, sweep, draft, drafts.targets, now=now, fleet_defaults=defaults)
-    sweep.due_at = now if is_chosen_here and sweep.num_created < sweep.num_trials else None
 
 
 def made_before(
@@ -133,124 +120,83 @@ def made_before(
         return _same_submission(session, caller, idempotency_key, body_digest, is_client_retry, now=now)
 
 
-def draft_of(design: Design, parameters: Mapping[str, Any]) -> Draft:
-    """Return the draft of a trial. Raises InvalidRequest for parameters with which no job is possible."""
-    return Draft(
-        parameters=dict(parameters),
-        request=design.request_of(parameters),
-        is_promised=design.search != "ask_tell",
-    )
+def design_of(sweep: Sweep) -> Design:
+    """Return the design of a stored sweep. Raises Conflict if it is from an older version and is not valid any more."""
+    try:
+        request = SweepRequest.model_validate(sweep.requested)
+    except ValidationError as error:
+        problem = cast(Problem, error.errors(include_url=False)[0])
+        place = field_path(problem["loc"], sweep.requested, is_missing=problem["type"] == "missing")
+        raise Conflict(
+            f"Sweep {sweep.id} can't create more trials, because this version of Lorry rejects {place!r} of its "
+            "request.",
+            code="sweep_outdated",
+            remedy="Create a new sweep for the remaining trials.",
+        ) from error
+    return replace(designed(request, seed=sweep.seed), rungs=sweep.rungs)
 
 
-def make_trial(
-    session: Session,
-    caller: Caller,
-    sweep: Sweep,
-    draft: Draft,
-    targets: Targets,
-    *,
-    now: float,
-    fleet_defaults: FleetDefaults | None = None,
-) -> Trial:
-    """Create the trial with the next number, as a job of the sweep's creator.
+def draft(
+    db: Database, caller: Caller, design: Design, *, first: int, number: int, past: Sequence[PastTrial] = ()
+) -> Drafts:
+    """Return drafts of up to `number` trials, starting with the number `first`. past: see `suggest`."""
+    trials, error = list[tuple[Json, JobRequest]](), None
+    try:
+        for parameters in design.parameters_of(range(first, min(first + number, design.num_trials)), past):
+            trials.append((parameters, design.request_of(parameters)))
+    except LorryError as raised:
+        error = raised
+    targets = resolve_targets(db, caller, [request for _, request in trials])
+    return Drafts(first=first, trials=trials, targets=targets, error=error)
 
-    The caller has locked the sweep, or it is not visible to others yet. fleet_defaults: see `accept`. Raises the same
-    errors as submission.
+
+def make_trials(session: Session, caller: Caller, sweep: Sweep, drafts: Drafts, *, limit: int, now: float) -> int:
+    """Create up to `limit` of the drafted trials that no other process has created, as jobs of the sweep's creator.
+
+    Returns how many. The caller has locked the sweep, or it is not visible to others yet. Raises the same errors as
+    submission; the trials before the error stay.
     """
-    job = submission.submit(
-        session,
-        caller,
-        draft.request,
-        targets,
-        body_digest=None,
-        now=now,
-        sweep_id=sweep.id,
-        is_promised=draft.is_promised,
-        fleet_defaults=fleet_defaults,
-    )
-    trial = Trial(job_id=job.id, sweep_id=sweep.id, number=sweep.num_created, parameters=dict(draft.parameters))
-    trial.score, trial.step, trial.recent, trial.rung, trial.stopped = float("inf"), None, None, None, None
-    session.add(trial)
-    sweep.num_created += 1
-    return trial
-
-
-def add_trial(
-    db: Database,
-    *,
-    caller: Caller,
-    sweep_id: str,
-    parameters: Mapping[str, Any],
-    is_client_retry: bool = False,
-) -> tuple[Trial, Job]:
-    """Create a trial of an ask_tell sweep with the client's parameters.
-
-    is_client_retry: the client repeats a request that had no reply; the newest trial is then returned if it has these
-    parameters.
-    """
-    check_given(parameters)
-    return retried(lambda: _add_trial(db, caller, sweep_id, parameters, is_client_retry=is_client_retry))
-
-
-def _add_trial(
-    db: Database, caller: Caller, sweep_id: str, parameters: Mapping[str, Any], *, is_client_retry: bool
-) -> tuple[Trial, Job]:
-    with db.read() as session:
-        sweep = find_sweep(session, caller.project_id, sweep_id)
-    _check_ask_tell(sweep)
-    draft = draft_of(design_of(sweep), parameters)
-    targets = resolve_targets(db, caller, [draft.request])
-    with db.write() as session:
-        sweep, now = find_sweep(session, caller.project_id, sweep_id, locked=True), read_clock(session)
-        newest = select(Trial).where(Trial.sweep_id == sweep.id, Trial.number == sweep.num_created - 1)
-        last = session.scalar(newest) if is_client_retry else None
-        if last is not None and last.parameters == dict(parameters):
-            return last, session.get_one(Job, last.job_id)
-        _check_open(sweep)
-        check_valid(session, caller.api_key_id, now=now)
-        trial = make_trial(session, caller, sweep, draft, targets, now=now)
-        if sweep.num_created == sweep.num_trials:
-            sweep.is_closed = True
-        session.flush()
-        return trial, session.get_one(Job, trial.job_id)
+    defaults = views.fleet_defaults(session, now=now)
+    for num_made in range(min(limit, sweep.num_trials - sweep.num_created)):
+        found = drafts.of(sweep.num_created)
+        if found is None:
+            if drafts.error is not None:
+                raise drafts.error
+            return num_made
+        parameters, request = found
+        options: Json = {"body_digest": None, "now": now, "sweep_id": sweep.id, "fleet_defaults": defaults}
+        with ledger.savepoint(session):
+            job = submission.submit(session, caller, request, drafts.targets, **options)
+            trial = Trial(job_id=job.id, sweep_id=sweep.id, number=sweep.num_created, parameters=parameters)
+            trial.score = float("inf")
+            session.add(trial)
+            sweep.num_created += 1
+    return limit
 
 
 def _whole_design(db: Database, request: SweepRequest) -> Design:
     """Return the design of the sweep. Checks all trials, outside the transaction that creates the first ones."""
     design = designed(request, seed=secrets.randbelow(2**31))
     requests = checked(design)
-    if request.search.type != "asha":
+    if not request.search.is_pruned:
         return design
     with db.read() as session:
         file = session.get(File, request.training_file)
-    fewest = fewest_steps(requests, num_rows=(file.num_rows if file else None) or 1)
-    return replace(design, rungs=rungs(request.search, design, fewest))
+    return replace(design, rungs=rungs(design, requests, num_rows=(file.num_rows if file else None) or 1))
 
 
-def _try(session: Session, caller: Caller, drafts: Drafts, *, now: float) -> None:
-    """Submit the first draft in a savepoint and roll it back. Raises if the job would be rejected."""
-    with ledger.savepoint(session) as attempt:
-        submission.submit(session, caller, drafts.trials[0].request, drafts.targets, body_digest=None, now=now)
+def _accept(session: Session, caller: Caller, sweep: Sweep, drafts: Drafts, *, now: float) -> None:
+    quotas.check_key(session, caller, num_jobs=sweep.num_trials, now=now)
+    with ledger.savepoint(session) as attempt:  # raises what is wrong, for example with a file, before the sweep exists
+        submission.submit(session, caller, drafts.trials[0][1], drafts.targets, body_digest=None, now=now)
         attempt.rollback()
-
-
-def _row(caller: Caller, request: SweepRequest, design: Design, *, now: float) -> Sweep:
-    return Sweep(
-        id=new_id("sweep"),
-        project_id=caller.project_id,
-        created_at=now,
-        created_by=caller.api_key_id,
-        requested=request.model_dump(mode="json", exclude_unset=True),
-        seed=design.seed,
-        num_trials=design.num_trials,
-        rungs=None if design.rungs is None else asdict(design.rungs),
-        training_file=request.training_file,
-        validation_file=request.validation_file,
-        state="running",
-        num_created=0,
-        is_closed=False,
-        cancel_requested=False,
-    )
+    session.add(sweep)
+    session.flush()
+    details = {"model": sweep.requested["model"], "search": sweep.requested["search"]["type"]}
+    details |= {"trials": sweep.num_trials}
+    note(session, "sweep.created", now=now, object_id=sweep.id, project_id=sweep.project_id, details=details)
+    make_trials(session, caller, sweep, drafts, limit=len(drafts.trials), now=now)
+    sweep.due_at = now if sweep.num_created < sweep.num_trials else None
 
 
 def _same_submission(
@@ -272,33 +218,3 @@ def _same_submission(
         return None
     same = own.where(Sweep.created_by == caller.api_key_id, Sweep.created_at > now - CLIENT_RETRY_SECONDS)
     return session.scalar(same.where(Sweep.body_digest == body_digest).order_by(Sweep.created_at.desc()).limit(1))
-
-
-def _check_ask_tell(sweep: Sweep) -> None:
-    search_type = sweep.requested["search"]["type"]
-    if search_type != "ask_tell":
-        raise Conflict(
-            f"Sweep {sweep.id} has the search type {search_type!r}, so it creates its own trials.",
-            code="not_an_ask_tell_sweep",
-            remedy="To add trials yourself, create a sweep with search.type 'ask_tell'.",
-        )
-
-
-def _check_open(sweep: Sweep) -> None:
-    if sweep.is_closed or sweep.cancel_requested or sweep.finished_at is not None:
-        why = _why_closed(sweep)
-        raise Conflict(
-            f"No more trials can be added to sweep {sweep.id}, because {why}.",
-            code="sweep_closed",
-            remedy="To run more trials, create a new sweep.",
-        )
-
-
-def _why_closed(sweep: Sweep) -> str:
-    if sweep.cancel_requested:
-        return "it was cancelled"
-    if sweep.num_created == sweep.num_trials:
-        return f"it already has as many trials as search.trials allows ({sweep.num_trials})"
-    if sweep.error is not None:
-        return f"it was closed with the error {sweep.error['code']}"
-    return "it has finished" if sweep.finished_at is not None else "it was closed"

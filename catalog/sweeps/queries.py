@@ -10,8 +10,9 @@ from sqlalchemy.orm import Session
 
 from catalog.db.database import Database
 from catalog.db.pagination import Page, paginate, unknown_cursor
-from catalog.search.trials import find_sweep, find_trial, measure_of
-from catalog.sweeps.controller import best_trial
+from catalog.errors import NotFound
+from catalog.lifecycle.trials import measure_of
+from catalog.states import JobState
 from catalog.tables.jobs import Job
 from catalog.tables.storage import Adapter
 from catalog.tables.sweeps import Sweep, Trial
@@ -78,17 +79,49 @@ def trial(db: Database, *, project_id: str, sweep_id: str, number: int) -> Trial
         return _trial_view(sweep, found, session.get_one(Job, found.job_id))
 
 
-def view_of(db: Database, row: Trial, job: Job) -> TrialView:
-    with db.read() as session:
-        return _trial_view(session.get_one(Sweep, row.sweep_id), row, job)
-
-
 def trials_by_job(db: Database, job_ids: Collection[str]) -> dict[str, Trial]:
     """Return the trials of these jobs by job id, without jobs that are not trials."""
     if not job_ids:
         return {}
     with db.read() as session:
         return {row.job_id: row for row in session.scalars(select(Trial).where(Trial.job_id.in_(job_ids)))}
+
+
+def find_sweep(session: Session, project_id: str, sweep_id: str, *, locked: bool = False) -> Sweep:
+    """Return a sweep of the project. Raises NotFound.
+
+    `locked`: no other transaction can create a trial meanwhile. Lock jobs before the sweep, never after it.
+    """
+    own = select(Sweep).where(Sweep.id == sweep_id, Sweep.project_id == project_id)
+    sweep = session.scalar(own.with_for_update(of=Sweep) if locked else own)
+    if sweep is None:
+        raise NotFound("sweep", sweep_id)
+    return sweep
+
+
+def find_trial(session: Session, sweep: Sweep, number: int) -> Trial:
+    """Return the trial with this number. Raises NotFound."""
+    found = session.scalar(select(Trial).where(Trial.sweep_id == sweep.id, Trial.number == number))
+    if found is not None:
+        return found
+    path, is_coming = f"/v1/sweeps/{sweep.id}/trials", not sweep.is_closed and number < sweep.num_trials
+    raise NotFound(
+        "trial",
+        str(number),
+        message=f"Trial {number} of sweep {sweep.id} has not been created yet."
+        if is_coming
+        else f"Sweep {sweep.id} has no trial {number}.",
+        remedy=f"Send the request again once GET {path} lists the trial."
+        if is_coming
+        else f"Use a number from 0 to {sweep.num_created - 1}: GET {path} lists the trials.",
+    )
+
+
+def best_trial(session: Session, sweep_id: str) -> Trial | None:
+    """Return the best of the succeeded trials, of equal ones the earliest."""
+    done = select(Trial).join(Job, Job.id == Trial.job_id)
+    done = done.where(Trial.sweep_id == sweep_id, Job.state == JobState.SUCCEEDED)
+    return session.scalar(done.order_by(Trial.score, Trial.number).limit(1))
 
 
 def _beyond(session: Session, sweep: Sweep, after: str) -> ColumnElement[bool]:

@@ -1,4 +1,4 @@
-"""Sweeps, their trials, and the scores of the trials at the rungs."""
+"""Sweeps and their trials."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ class Sweep(Table):
     """The request as it was received."""
     seed: Mapped[int]
     num_trials: Mapped[int]
-    """Number of trials; for ask_tell the maximum."""
+    max_concurrent: Mapped[int | None]
+    """Maximum number of unfinished trials; None: no limit."""
     rungs: Mapped[Json | None]
-    """min_steps, reduction_factor, max_rungs; None: no trial is stopped."""
+    """min_steps and reduction_factor; None: no trial is stopped."""
     training_file: Mapped[str] = mapped_column(ForeignKey("files.id"))
     validation_file: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
     state: Mapped[str] = mapped_column(String(16))
-    """A `catalog.search.spec.SweepState`."""
+    """A `catalog.spec.sweep.SweepState`."""
     num_created: Mapped[int]
     """Trials that exist: they have the numbers from 0 to num_created - 1."""
     is_closed: Mapped[bool] = mapped_column(Boolean)
@@ -66,8 +67,12 @@ class Trial(Table):
     """The step at which `score` was measured."""
     recent: Mapped[Json | None]
     """For an objective measured in training: the last values, with their steps."""
-    rung: Mapped[int | None]
-    """The last rung that the trial reached."""
+    reached_step: Mapped[int | None]
+    """The step at which the trial reached a rung where the controller has not judged it yet."""
+    reached_score: Mapped[float | None]
+    """The score at that step."""
+    pruner_state: Mapped[Json | None]
+    """Attributes of the trial in Optuna's pruner: its score at each rung where it was judged."""
     stopped: Mapped[str | None] = mapped_column(Text)
     """A sentence that explains why the trial was stopped before its last step."""
     __table_args__ = (
@@ -75,13 +80,8 @@ class Trial(Table):
         Index(None, "sweep_id", "score", "number"),
     )
 
-
-class RungValue(Table):
-    """Score of a trial when it first reached a rung. The decision made then is final."""
-
-    __tablename__ = "rung_values"
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
-    rung: Mapped[int] = mapped_column(primary_key=True)
-    sweep_id: Mapped[str] = mapped_column(ForeignKey("sweeps.id"))
-    score: Mapped[float]
-    __table_args__ = (Index(None, "sweep_id", "rung", "score"),)
+    @property
+    def rung(self) -> int | None:
+        """The last rung that the trial reached."""
+        num_rungs = len(self.pruner_state or {}) + (self.reached_step is not None)
+        return num_rungs - 1 if num_rungs else None

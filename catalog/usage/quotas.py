@@ -342,12 +342,10 @@ def check_key(session: Session, caller: Caller, *, num_jobs: int = 1, now: float
 
 def _promised(session: Session, api_key_id: str) -> int:
     """Return the number of trials that the controller still has to create for the key's sweeps."""
-    unfinished = select(Sweep.requested, Sweep.num_trials - Sweep.num_created).where(
+    remaining = select(func.sum(Sweep.num_trials - Sweep.num_created)).where(
         Sweep.created_by == api_key_id, Sweep.finished_at.is_(None), Sweep.is_closed.is_(False)
     )
-    # PostgreSQL can't look into JSON that has a NUL character anywhere, such as in metadata.
-    found = session.execute(unfinished).all()
-    return sum(remaining for requested, remaining in found if requested["search"]["type"] != "ask_tell")
+    return int(session.scalar(remaining) or 0)
 
 
 def status_of(session: Session, project: Project, name: Limit, *, now: float) -> QuotaStatus:

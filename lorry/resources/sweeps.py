@@ -79,17 +79,9 @@ class Sweeps:
     def trial(self, sweep_id: str, number: int) -> Trial:
         return Trial.of(self._transport.get(_of(sweep_id, "trials", str(number))))
 
-    def add_trial(self, sweep_id: str, parameters: Mapping[str, Any]) -> Trial:
-        """Add a trial with custom parameters to an ask_tell sweep."""
-        return Trial.of(self._transport.request("POST", _of(sweep_id, "trials"), body={"parameters": dict(parameters)}))
-
     def stop_trial(self, sweep_id: str, number: int) -> Trial:
         """Stop a trial early. It produces no adapter. Raises Conflict if it has already ended."""
         return Trial.of(self._transport.request("POST", _of(sweep_id, "trials", str(number), "stop")))
-
-    def sleep(self, seconds: float) -> None:
-        """Sleep with the client's sleep function."""
-        self._transport.sleep(seconds)
 
     def wait(
         self,

@@ -38,7 +38,6 @@ TABLES = (
     "file_overlaps",
     "plans",
     "sweeps",
-    "rung_values",
     "trials",
     "gang_seats",
     "gangs",
@@ -621,6 +620,7 @@ def _create_sweeps() -> None:
         sa.Column("requested", sa.JSON(), nullable=False),
         sa.Column("seed", sa.BigInteger(), nullable=False),
         sa.Column("num_trials", sa.BigInteger(), nullable=False),
+        sa.Column("max_concurrent", sa.BigInteger(), nullable=True),
         sa.Column("rungs", sa.JSON(), nullable=True),
         sa.Column("training_file", sa.String(length=255), nullable=False),
         sa.Column("validation_file", sa.String(length=255), nullable=True),
@@ -645,17 +645,6 @@ def _create_sweeps() -> None:
         op.f("ix_sweeps_project_id_idempotency_key"), "sweeps", ["project_id", "idempotency_key"], unique=True
     )
     op.create_table(
-        "rung_values",
-        sa.Column("job_id", sa.String(length=255), nullable=False),
-        sa.Column("rung", sa.BigInteger(), nullable=False),
-        sa.Column("sweep_id", sa.String(length=255), nullable=False),
-        sa.Column("score", sa.Float(precision=53), nullable=False),
-        sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_rung_values_job_id_jobs")),
-        sa.ForeignKeyConstraint(["sweep_id"], ["sweeps.id"], name=op.f("fk_rung_values_sweep_id_sweeps")),
-        sa.PrimaryKeyConstraint("job_id", "rung", name=op.f("pk_rung_values")),
-    )
-    op.create_index(op.f("ix_rung_values_sweep_id_rung_score"), "rung_values", ["sweep_id", "rung", "score"])
-    op.create_table(
         "trials",
         sa.Column("job_id", sa.String(length=255), nullable=False),
         sa.Column("sweep_id", sa.String(length=255), nullable=False),
@@ -664,7 +653,9 @@ def _create_sweeps() -> None:
         sa.Column("score", sa.Float(precision=53), nullable=False),
         sa.Column("step", sa.BigInteger(), nullable=True),
         sa.Column("recent", sa.JSON(), nullable=True),
-        sa.Column("rung", sa.BigInteger(), nullable=True),
+        sa.Column("reached_step", sa.BigInteger(), nullable=True),
+        sa.Column("reached_score", sa.Float(precision=53), nullable=True),
+        sa.Column("pruner_state", sa.JSON(), nullable=True),
         sa.Column("stopped", sa.Text(), nullable=True),
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_trials_job_id_jobs")),
         sa.ForeignKeyConstraint(["sweep_id"], ["sweeps.id"], name=op.f("fk_trials_sweep_id_sweeps")),

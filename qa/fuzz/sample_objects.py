@@ -18,8 +18,8 @@ from catalog.lifecycle import recording
 from catalog.queue import claims
 from catalog.queue.claiming import Claim
 from catalog.registry import permissions
-from catalog.search.spec import SweepRequest
 from catalog.spec.integrations import INTEGRATION_TYPES
+from catalog.spec.sweep import SweepRequest
 from catalog.states import EndReason
 from catalog.storage import files, multipart_uploads
 from catalog.storage.store import Blob
@@ -149,12 +149,11 @@ def _key(world: MarkedWorld, *, is_operator: bool = False) -> Key:
 
 
 def _search(world: MarkedWorld, job: dict[str, Any]) -> None:
-    """Create a sweep in which the client chooses the trials, with two trials."""
-    search = {"search": {"type": "ask_tell", "trials": 100}, "objective": {"metric": "train_loss"}}
-    request = SweepRequest.model_validate({**job, **search})
-    made = creation.create(world.db, caller=world.caller, request=request, body_digest=world.mark)
-    for rank in (4, 8):
-        creation.add_trial(world.db, caller=world.caller, sweep_id=made.id, parameters={"lora.rank": rank})
+    """Create a sweep of 100 trials, of which two exist."""
+    search = {"search": {"type": "random", "trials": 100, "seed": 0}, "objective": {"metric": "train_loss"}}
+    varied = {"parameters": {"lora.rank": {"min": 1, "max": 64}}, "max_concurrent": 2}
+    request = SweepRequest.model_validate({**job, **search, **varied})
+    creation.create(world.db, caller=world.caller, request=request, body_digest=world.mark)
 
 
 def _fill(world: MarkedWorld, folder: Path) -> None:

@@ -15,8 +15,8 @@ from catalog.lifecycle import recording
 from catalog.queue import claims
 from catalog.queue.claiming import Claim
 from catalog.registry import permissions
-from catalog.search.spec import SweepRequest
 from catalog.settings import Settings
+from catalog.spec.sweep import SweepRequest
 from catalog.states import EndReason
 from catalog.storage import multipart_uploads
 from catalog.storage.store import Blob
@@ -28,7 +28,7 @@ from catalog.tables.history import Attempt, Checkpoint, JobEvent, MetricBlock, T
 from catalog.tables.jobs import Job, JobLabel
 from catalog.tables.plans import FileOverlap, Plan
 from catalog.tables.storage import Adapter, Artifact, File, Prepared, Upload, UploadPart
-from catalog.tables.sweeps import RungValue, Sweep, Trial
+from catalog.tables.sweeps import Sweep, Trial
 from catalog.tables.table import Table
 from catalog.tables.tenancy import ApiKey, ModelPermission
 from catalog.tables.usage import StoredDay, UsageDay
@@ -73,7 +73,6 @@ COPIED: dict[type[Table], Changes] = {
     UploadPart: lambda n: {"id": f"part-{n}", "upload_id": f"upload-{n}"},
     Sweep: lambda n: {"id": f"sweep-{n}", "training_file": f"file-{n}", "validation_file": f"file-{n}"},
     Trial: lambda n: {"job_id": f"ftjob-{n}", "sweep_id": f"sweep-{n}"},
-    RungValue: lambda n: {"job_id": f"ftjob-{n}", "sweep_id": f"sweep-{n}"},
     WebhookDelivery: lambda n: {"id": f"delivery-{n}"},
     WebhookTry: lambda n: {"delivery_id": f"delivery-{n}"},
 }

@@ -10,7 +10,7 @@ from catalog.caller import Caller
 from catalog.lifecycle import recording
 from catalog.lifecycle.recording import Course
 from catalog.queue.claiming import Claim
-from catalog.search.spec import SweepRequest
+from catalog.spec.sweep import SweepRequest
 from catalog.sweeps import controller, creation, queries
 from catalog.tables.sweeps import Sweep
 from tests.catalog.world import World, sha
@@ -40,14 +40,6 @@ def sweep_of(world: World, caller: Caller, **fields: Any) -> str:
     search = {"search": {"type": "random", "trials": 30, "seed": 0}, "parameters": {"lora.rank": {"min": 1, "max": 64}}}
     request = sweep_request(world, **{**search, **fields})
     return creation.create(world.db, caller=caller, request=request, body_digest=sha(caller.api_key_id)).id
-
-
-def add(world: World, sweep_id: str, rank: int, **given: Any) -> int:
-    """Add a trial with the client's own parameters. Returns its number."""
-    parameters = {"lora.rank": rank}
-    trial, job = creation.add_trial(world.db, caller=world.caller, sweep_id=sweep_id, parameters=parameters, **given)
-    assert job.spec["lora"]["rank"] == rank
-    return trial.number
 
 
 def advance(world: World) -> int:
@@ -81,11 +73,14 @@ def train(world: World, num_steps: int = 10) -> dict[int, Claim]:
 
 
 def measure(world: World, claim: Claim, step: int, loss: float) -> bool:
+    """Record an evaluation of a trial, and advance the controller. Returns whether the trial must stop."""
     point = {"kind": "valid", "step": step, "loss": loss}
-    return recording.record_metrics(world.db, claim.claim_id, [point])
+    recording.record_metrics(world.db, claim.claim_id, [point])
+    advance(world)
+    return world.job(claim.job.id).cancel_requested
 
 
 def finish(world: World, claim: Claim, loss: float, *, steps: int = 10) -> None:
-    measure(world, claim, steps, loss)
+    recording.record_metrics(world.db, claim.claim_id, [{"kind": "valid", "step": steps, "loss": loss}])
     course = Course(steps=steps, kept_step=steps, stopped_early=None)
     world.complete(claim.claim_id, f"adapter of {claim.job.id}", course=course)

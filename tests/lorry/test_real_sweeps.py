@@ -1,16 +1,13 @@
-"""Sweeps of the real service with the command line and with an Optuna study, up to a verified adapter."""
+"""A sweep of the real service with the command line, up to a verified adapter."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
-import optuna
 import pytest
 
 from lorry import Lorry
-from lorry.optuna import optimize
 from tests import tiny_base
 from tests.lorry.cli.commands.test_up import up
 from tests.lorry.commands import Commands
@@ -30,7 +27,7 @@ def test_sweep_runs_and_its_best_adapter_is_pulled_by_sweep_id(tmp_path: Path) -
 
     with up(data_dir, "--port", str(free_port())), Lorry(data_dir=data_dir) as client:
         run("models", "add", "tiny", base)
-        search = "--asha --trials 5 --min-steps 3 --reduction-factor 2 --seed 1 --watch --json"
+        search = "--tpe --asha --trials 5 --min-steps 3 --reduction-factor 2 --seed 1 --watch --json"
         lines = run("sweeps", "run", "tiny", train, "--valid", valid, *FLAGS.split(), *search.split()).splitlines()
         sweep = client.sweeps.get(json.loads(lines[-1])["id"])
 
@@ -43,20 +40,3 @@ def test_sweep_runs_and_its_best_adapter_is_pulled_by_sweep_id(tmp_path: Path) -
         folder = tmp_path / run("adapters", "pull", sweep.id, "best").strip()
         assert json.loads(run("adapters", "verify", folder, "--json"))["passed"] is True
         assert "lora.rnak" in run("sweeps", "run", "tiny", train, "--valid", valid, "--over", "lora.rnak=1,2", code=1)
-        _drive(client, client.jobs.get(board[0].id).raw)
-
-
-def _drive(client: Lorry, job: dict[str, Any]) -> None:
-    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=2), pruner=optuna.pruners.MedianPruner())
-    files = {name: job[name] for name in ("model", "training_file", "validation_file")}
-
-    def choose(trial: optuna.Trial) -> dict[str, Any]:
-        return {"optimizer.learning_rate": trial.suggest_float("rate", 1e-4, 1e-2, log=True)}
-
-    sweep = optimize(study, choose, client, trials=3, at_once=3, **files, precision="float32", max_steps=6)
-
-    best = sweep.best_trial
-    assert best is not None
-    assert study.best_value == best.value
-    assert study.best_trial.user_attrs["fine_tuned_model"] == sweep.fine_tuned_model
-    assert study.best_trial.intermediate_values.keys() <= set(range(1, 7))

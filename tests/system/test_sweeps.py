@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from catalog.registry import adapters
-from catalog.search.spec import SweepRequest
+from catalog.spec.sweep import SweepRequest
 from catalog.states import EndReason, JobState
 from catalog.sweeps import creation, queries
 from tests.worker_site import BASE, PEPPER, WorkerSite, worker_site

@@ -39,9 +39,17 @@ Over = Annotated[
 Random = Annotated[
     bool, option(SEARCH, "Random search with --trials samples (default: a grid of all combinations).", "--random")
 ]
+Tpe = Annotated[
+    bool,
+    option(SEARCH, "Search with --trials samples that learn from finished trials (Optuna's TPE sampler).", "--tpe"),
+]
 Asha = Annotated[
     bool,
-    option(SEARCH, "Asynchronous successive halving: random search that stops bad trials early, at rungs.", "--asha"),
+    option(
+        SEARCH,
+        "Stop bad trials early, at rungs (asynchronous successive halving); random search, unless --tpe is set.",
+        "--asha",
+    ),
 ]
 MinSteps = Annotated[
     int | None, option(SEARCH, "ASHA: steps before the first rung (default: chosen so that there are three rungs).")
@@ -56,7 +64,9 @@ Others = Annotated[
 MetricOption = Annotated[Metric | None, option(SEARCH, "Metric by which trials are compared (default: valid_loss).")]
 Seed = Annotated[int | None, option(SEARCH, "Seed for sampling parameters and for every trial (default: random).")]
 KeepBest = Annotated[bool, option(RUN, "Delete all adapters except the best one at the end.", "--keep-best")]
-MaxConcurrent = Annotated[int | None, option(RUN, "Maximum number of unfinished trials at a time (default: no limit).")]
+MaxConcurrent = Annotated[
+    int | None, option(RUN, "Maximum number of unfinished trials at a time (default: 4 with --tpe, else no limit).")
+]
 Watch = Annotated[bool, typer.Option("--watch", help="Show the live leaderboard until the sweep is finished.")]
 FIELDS = (
     "lora.rank",
@@ -74,7 +84,7 @@ FIELDS = (
     "run",
     "lorry sweeps run smollm2 chats.jsonl --valid valid.jsonl --over lora.rank=4,8,16",
     "lorry sweeps run smollm2 chats.jsonl --valid valid.jsonl "
-    "--over optimizer.learning_rate=1e-5..1e-3:log --asha --trials 20 --watch",
+    "--over optimizer.learning_rate=1e-5..1e-3:log --tpe --asha --trials 20 --watch",
 )
 @with_job_options(*FIELDS, before="other", panel=TRIALS)
 def run(
@@ -84,8 +94,9 @@ def run(
     *,
     over: Over,
     random: Random = False,
+    tpe: Tpe = False,
     asha: Asha = False,
-    trials: Annotated[int | None, option(SEARCH, "Number of trials (required with --random and --asha).")] = None,
+    trials: Annotated[int | None, option(SEARCH, "Number of trials (required unless the search is a grid).")] = None,
     min_steps: MinSteps = None,
     reduction_factor: Reduction = None,
     metric: MetricOption = None,
@@ -100,8 +111,9 @@ def run(
     as_json: AsJson = False,
     **_fields: Any,
 ) -> None:
-    """Run a sweep: a grid of all combinations, or --random or --asha with --trials. Local files are uploaded first."""
-    search = search_of(random, asha, trials=trials, seed=seed, min_steps=min_steps, reduction_factor=reduction_factor)
+    """Run a sweep: a grid of all combinations, or --random, --tpe or --asha with --trials. Uploads local files."""
+    numbers = {"trials": trials, "seed": seed, "min_steps": min_steps, "reduction_factor": reduction_factor}
+    search = search_of(random, tpe, asha, **numbers)
     varied = dict(parameter(given) for given in over)
     if len(varied) < len(over):
         raise typer.BadParameter("a field was passed twice. Pass it only once.", param_hint="--over")

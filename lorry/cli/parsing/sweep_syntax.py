@@ -69,7 +69,7 @@ def check_space(varied: Mapping[str, Mapping[str, Any]], *, kind: str, method: s
         if kind == "grid" and "min" in space and "points" not in space:
             raise typer.BadParameter(
                 f"a grid needs the number of points of a range, such as 8: --over {path}={_typed(space)}:8. "
-                "Or sample from the range with --random or --asha, and --trials.",
+                "Or sample from the range with --random or --tpe, and --trials.",
                 param_hint="--over",
             )
 
@@ -79,18 +79,19 @@ def _typed(space: Mapping[str, Any]) -> str:
     return f"{space['min']:g}..{space['max']:g}" + (f":{space['scale']}" if "scale" in space else "")
 
 
-def search_of(random: bool, asha: bool, **numbers: int | None) -> dict[str, Any]:
+def search_of(random: bool, tpe: bool, asha: bool, **numbers: int | None) -> dict[str, Any]:
     """Return the search of a sweep; a grid by default."""
-    if random and asha:
-        raise typer.BadParameter("--random and --asha can't be combined.", param_hint="--asha")
-    kind = "asha" if asha else "random" if random else "grid"
+    if random and tpe:
+        raise typer.BadParameter("--random and --tpe can't be combined.", param_hint="--tpe")
+    kind = "tpe" if tpe else "asha" if asha else "random" if random else "grid"
     if kind != "grid" and numbers["trials"] is None:
         raise typer.BadParameter(f"--{kind} needs the number of trials, such as --trials 20.", param_hint="--trials")
     for name, number in numbers.items():
-        needed = {"trials": kind != "grid", "seed": True}.get(name, kind == "asha")
-        if number is not None and not needed:
+        is_used = {"trials": kind != "grid", "seed": True}.get(name, asha)
+        if number is not None and not is_used:
             option = f"--{name.replace('_', '-')}"
             raise typer.BadParameter(
                 f"{option} does not apply to a {kind} sweep. Remove it, or add --asha.", param_hint=option
             )
-    return {"type": kind, **{name: number for name, number in numbers.items() if number is not None}}
+    pruner = {"pruner": "asha"} if tpe and asha else {}
+    return {"type": kind, **pruner, **{name: number for name, number in numbers.items() if number is not None}}

@@ -12,7 +12,7 @@ from lorry.cli.render import output
 from lorry.cli.render.tables import Column, table
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from lorry.client import Lorry
     from lorry.models import Sweep, Trial
@@ -43,8 +43,12 @@ def facts(sweep: Sweep) -> Iterator[tuple[str, object]]:
 
 def print_board(sweep: Sweep, trials: Sequence[Trial]) -> None:
     """Print the trials, best first."""
+    table(*_board(sweep, trials), empty="No trials yet.")
+
+
+def _board(sweep: Sweep, trials: Sequence[Trial]) -> tuple[list[Column], list[tuple[Any, ...]]]:
     paths = list(dict.fromkeys(path for trial in trials for path in trial.parameters))
-    columns = (
+    columns = [
         Column(title="TRIAL"),
         *(Column(title=path, min_width=10) for path in _short(paths)),
         Column(title=str(sweep.objective.get("metric") or "value").upper()),
@@ -52,7 +56,7 @@ def print_board(sweep: Sweep, trials: Sequence[Trial]) -> None:
         Column(title="STATUS"),
         Column(title="RUNG", priority=4),
         Column(title="JOB", priority=2),
-    )
+    ]
     rows = [
         (
             trial.number,
@@ -65,7 +69,7 @@ def print_board(sweep: Sweep, trials: Sequence[Trial]) -> None:
         )
         for trial in trials
     ]
-    table(columns, rows, empty="No trials yet.")
+    return columns, rows
 
 
 def watch_until_final(lorry: Lorry, sweep_id: str, *, as_json: bool) -> None:
@@ -81,8 +85,8 @@ def watch_until_final(lorry: Lorry, sweep_id: str, *, as_json: bool) -> None:
 
 def _watch(lorry: Lorry, sweep_id: str, *, as_json: bool) -> Sweep:
     if as_json:
-        return _until_final(lorry, sweep_id)
-    sweep = _drawn(lorry, sweep_id) if sys.stderr.isatty() else _print_progress(lorry, sweep_id)
+        return _print_changes(lorry, sweep_id, lambda sweep: sweep.raw, output.print_json_line)
+    sweep = _drawn(lorry, sweep_id) if sys.stderr.isatty() else _print_changes(lorry, sweep_id, _progress, output.echo)
     print_board(sweep, list(lorry.sweeps.trials(sweep_id)))
     if sweep.fine_tuned_model:
         output.echo(f"The best adapter is {sweep.fine_tuned_model}. Pull it with: lorry adapters pull {sweep.id}")
@@ -91,57 +95,41 @@ def _watch(lorry: Lorry, sweep_id: str, *, as_json: bool) -> Sweep:
     return sweep
 
 
-def _until_final(lorry: Lorry, sweep_id: str) -> Sweep:
-    """Print each change as a line."""
+def _print_changes(lorry: Lorry, sweep_id: str, view: Callable[[Sweep], Any], show: Callable[[Any], None]) -> Sweep:
+    """Print a line whenever this view of the sweep changes, for programs, logs and pipes."""
     last: list[Any] = []
 
-    def show(sweep: Sweep) -> None:
-        if last != [sweep.raw]:
-            last[:] = [sweep.raw]
-            output.print_json_line(sweep.raw)
+    def print_change(sweep: Sweep) -> None:
+        if last != [view(sweep)]:
+            last[:] = [view(sweep)]
+            show(last[0])
 
-    return lorry.sweeps.wait(sweep_id, on_progress=show, poll_seconds=POLL_SECONDS)
+    return lorry.sweeps.wait(sweep_id, on_progress=print_change, poll_seconds=POLL_SECONDS)
 
 
-def _print_progress(lorry: Lorry, sweep_id: str) -> Sweep:
-    """For logs and pipes: a line whenever a count or the best trial changes."""
-    printed: list[str] = []
-
-    def show(sweep: Sweep) -> None:
-        line = f"{sweep.id}  {_trials(sweep)}" + (f"  best: {_best(sweep.best_trial)}" if sweep.best_trial else "")
-        if printed != [line]:
-            printed[:] = [line]
-            output.echo(line)
-
-    return lorry.sweeps.wait(sweep_id, on_progress=show, poll_seconds=POLL_SECONDS)
+def _progress(sweep: Sweep) -> str:
+    return f"{sweep.id}  {_trials(sweep)}" + (f"  best: {_best(sweep.best_trial)}" if sweep.best_trial else "")
 
 
 def _drawn(lorry: Lorry, sweep_id: str) -> Sweep:
+    """Show the live leaderboard, without the last two columns."""
     from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
 
     with Live(console=output.messages(), refresh_per_second=4, transient=True) as live:
 
         def draw(sweep: Sweep) -> None:
-            height = max(3, live.console.height - 6)
-            live.update(_live_table(sweep, list(lorry.sweeps.trials(sweep_id, limit=height))))
+            columns, rows = _board(sweep, list(lorry.sweeps.trials(sweep_id, limit=max(3, live.console.height - 6))))
+            title = Text(f"{sweep.id}  {_trials(sweep)}")
+            drawn = Table(box=None, pad_edge=False, title=title, title_justify="left")
+            for column in columns[:-2]:
+                drawn.add_column(Text(column.title), no_wrap=True, overflow="ellipsis")
+            for row in rows:
+                drawn.add_row(*(Text(output.clean(output.cell(value))) for value in row[:-2]))
+            live.update(drawn)
 
         return lorry.sweeps.wait(sweep_id, on_progress=draw, poll_seconds=POLL_SECONDS)
-
-
-def _live_table(sweep: Sweep, trials: Sequence[Trial]) -> Any:
-    from rich.table import Table
-    from rich.text import Text
-
-    paths = list(dict.fromkeys(path for trial in trials for path in trial.parameters))
-    drawn = Table(box=None, pad_edge=False, title=Text(f"{sweep.id}  {_trials(sweep)}"), title_justify="left")
-    titles = ("TRIAL", *_short(paths), str(sweep.objective.get("metric") or "value").upper(), "STEP", "STATUS")
-    for title in titles:
-        drawn.add_column(Text(title), no_wrap=True, overflow="ellipsis")
-    for trial in trials:
-        parameters = (trial.parameters.get(path) for path in paths)
-        values = (trial.number, *parameters, trial.value, _steps(trial), _status(trial))
-        drawn.add_row(*(Text(output.clean(output.cell(value))) for value in values))
-    return drawn
 
 
 def _short(paths: Sequence[str]) -> list[str]:

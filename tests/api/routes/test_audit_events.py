@@ -57,7 +57,6 @@ EVENT_TYPES: dict[str, str] = {
     "create_sweep": "sweep.created",
     "cancel_sweep": "sweep.cancelled",
     "close_sweep": "sweep.closed",
-    "add_trial": "job.created",
     "stop_trial": "trial.stopped",
     "hold_job": "job.held",
     "release_job": "job.released",

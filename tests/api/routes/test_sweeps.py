@@ -1,11 +1,9 @@
-"""Sweeps over HTTP and through the SDK: creation, queries, and control by an Optuna study."""
+"""Sweeps over HTTP and through the SDK: creation, queries, and a search that prunes and learns."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import optuna
-import pytest
 from starlette.testclient import TestClient
 
 from api.deps import Services
@@ -13,14 +11,11 @@ from catalog.lifecycle import recording
 from catalog.lifecycle.recording import Course
 from catalog.queue import claiming, claims
 from catalog.states import EndReason
-from catalog.sweeps import controller, queries
+from catalog.sweeps import controller
 from catalog.tenancy import authentication
 from lorry import Lorry
-from lorry.optuna import optimize
 from tests.api.site import Site, error_of
 from tests.catalog.world import World
-
-optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 
 def sweep_body(world: World, **fields: Any) -> dict[str, Any]:
@@ -35,7 +30,7 @@ def test_sweep_is_created_listed_and_cancelled(client: TestClient, world: World)
     assert (made["status"], made["num_trials"], made["counts"]) == ("running", 3, {"validating_files": 3})
     assert made["search"] | {"seed": 0} == {
         **{"type": "grid", "trials": 3, "seed": 0},
-        **{"min_steps": None, "reduction_factor": None, "max_rungs": None},
+        **{"pruner": None, "min_steps": None, "reduction_factor": None},
     }
     assert made["objective"] == {"metric": "valid_loss", "goal": "minimize"}
     assert [sweep["id"] for sweep in client.get("/v1/sweeps").json()["data"]] == [made["id"]]
@@ -56,7 +51,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"parameters": {"lora.rank": {"value": [4]}}}, "parameters.lora.rank.value", "Unknown field"),
     ({"search": {"type": "grid", "trials": 3}}, "search", "remove it"),
     ({"search": {"type": "gird"}}, "search.type", "'grid'"),
-    ({"search": None}, "search", "one of 'grid', 'random', 'asha', 'ask_tell'"),
+    ({"search": None}, "search", "one of 'grid', 'random', 'tpe', 'asha'"),
     ({"parametres": {}}, "parametres", "'parameters'"),
     ({"model": "gone"}, "model", "gone"),
     ({"training_file": "file-gone"}, "training_file", "file-gone"),
@@ -121,44 +116,31 @@ class Fleet:
         return True
 
 
-def test_optuna_study_drives_a_sweep_and_prunes_trials(site: Site, world: World) -> None:
-    fleet = Fleet(world, num_steps=3)
-    study = optuna.create_study(direction="minimize", pruner=optuna.pruners.MedianPruner(n_startup_trials=2))
-    for rank in (24, 18, 60, 21, 1):
-        study.enqueue_trial({"rank": rank})
-
-    def choose(trial: optuna.Trial) -> dict[str, Any]:
-        return {"lora.rank": trial.suggest_int("rank", 1, 64)}
+def test_search_prunes_trials_and_learns_from_finished_ones(site: Site, world: World) -> None:
+    fleet = Fleet(world, num_steps=9)
+    search: Any = {"type": "tpe", "pruner": "asha", "min_steps": 2, "reduction_factor": 2, "trials": 24, "seed": 1}
 
     with Lorry(site.url, site.key, sleep=fleet.work) as lorry:
-        sweep = optimize(
-            study, choose, lorry, trials=5, at_once=2, model="smol", training_file=world.file_id,
-            validation_file=world.file_id, lora={"alpha": 8.0},
-        )  # fmt: skip
+        sweep = lorry.sweeps.create(
+            model="smol",
+            training_file=world.file_id,
+            validation_file=world.file_id,
+            search=search,
+            parameters={"lora.rank": {"min": 1, "max": 64}},
+        )
+        ended = lorry.sweeps.wait(sweep.id)
         board = list(lorry.sweeps.trials(sweep.id))
 
-    assert (sweep.status, sweep.num_created, sum(sweep.counts.values())) == ("succeeded", 5, 5)
-    pruned = [trial for trial in study.trials if trial.state is optuna.trial.TrialState.PRUNED]
-    assert 0 < len(pruned) == sum(trial.reason == "pruned" for trial in board) < 5
-    assert {trial.user_attrs["job_id"] for trial in pruned} == {t.id for t in board if t.reason == "pruned"}
+    assert sweep.num_created == sweep.raw["max_concurrent"] == 4
+    assert ended.search == {**search, "seed": 1}
+    assert (ended.status, ended.num_created, len(board)) == ("succeeded", 24, 24)
+    pruned = [trial for trial in board if trial.reason == "pruned"]
+    assert 0 < len(pruned) < 24
+    assert all(trial.stopped and "it was not among the best 1/2" in trial.stopped for trial in pruned)
     best = next(trial for trial in board if trial.status == "succeeded")
-    assert study.best_value == best.value
-    assert study.best_params == {"rank": best.parameters["lora.rank"]}
-    assert study.best_trial.user_attrs["fine_tuned_model"] == sweep.fine_tuned_model
+    assert ended.fine_tuned_model == best.fine_tuned_model
 
+    def distance(numbers: range) -> float:
+        return sum(abs(trial.parameters["lora.rank"] - 20) for trial in board if trial.number in numbers)
 
-def test_error_in_a_study_cancels_its_sweep(site: Site, world: World) -> None:
-    fleet = Fleet(world, num_steps=2)
-    study = optuna.create_study()
-
-    def choose(trial: optuna.Trial) -> dict[str, Any]:
-        return {"lora.rank": 1000 if trial.number == 2 else 4}
-
-    with Lorry(site.url, site.key, sleep=fleet.work) as lorry, pytest.raises(Exception, match="1000"):
-        optimize(
-            study, choose, lorry, trials=4, at_once=2, model="smol", training_file=world.file_id, metric="train_loss"
-        )
-    fleet.work(0)
-
-    (view,) = queries.list_page(world.db, project_id=world.caller.project_id).items
-    assert view.sweep.state == "cancelled"
+    assert distance(range(14, 24)) < distance(range(10))

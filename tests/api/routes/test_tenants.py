@@ -83,7 +83,6 @@ SENT: dict[str, dict[str, Any]] = {
     "complete_upload": {"json": {"part_ids": [PART]}},
     "create_deployment": {"json": {"endpoint": ENDPOINT}},
     "create_adapter_export": {"json": {"format": "merged"}},
-    "add_trial": {"json": {"parameters": {"lora.rank": 4}}},
 }
 """The body of each operation that requires one."""
 AS_A_RETRY = {"x-stainless-retry-count": "1"}
@@ -161,10 +160,9 @@ def ours(services: Services, world: World, client: TestClient, tmp_path: Path) -
     requests_id = world.file(purpose="batch", num_rows=None)
     batch = {"input_file_id": requests_id, "endpoint": "/v1/completions", "completion_window": "24h"}
     batch_id = client.post("/v1/batches", json=batch).json()["id"]
-    sweep_body = {"model": BASE, "training_file": world.file_id, "search": {"type": "ask_tell", "trials": 9}}
-    measured = {"objective": {"metric": "train_loss"}}
+    sweep_body = {"model": BASE, "training_file": world.file_id, "search": {"type": "grid"}}
+    measured = {"objective": {"metric": "train_loss"}, "parameters": {"lora.rank": {"values": [8]}}}
     sweep_id = client.post("/v1/sweeps", json={**sweep_body, **measured}).json()["id"]
-    client.post(f"/v1/sweeps/{sweep_id}/trials", json={"parameters": {"lora.rank": 8}})
     commands.cancel(world.db, **world.of(world.submit().id))
     export_id = client.post(f"/v1/adapters/{adapter.id}/exports", json={"format": "merged"}).json()["id"]
     with world.db.write() as session:
@@ -293,7 +291,8 @@ def _bodies(ours: Ours) -> dict[str, list[tuple[str, dict[str, Any], list[Pair]]
     """Return, by operation, each field that names a resource, the rest of the body, and the pairs to try."""
     job = {"model": BASE, "training_file": ours.their_file}
     named = {"training_file": "file_id", "validation_file": "file_id", "parent_adapter": "adapter", "model": "model"}
-    sweep = {**job, "search": {"type": "ask_tell", "trials": 1}, "objective": {"metric": "train_loss"}}
+    search = {"search": {"type": "grid"}, "parameters": {"lora.rank": {"values": [8]}}}
+    sweep = {**job, **search, "objective": {"metric": "train_loss"}}
     return {
         "create_job": [
             *((field, job, ours.pairs[kind]) for field, kind in named.items()),

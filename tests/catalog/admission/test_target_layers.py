@@ -17,7 +17,7 @@ from catalog.spec.lora import LoraRequest, resolve_lora
 from catalog.tables.storage import BaseModelRow
 from catalog.write_guard import WithinTransaction
 from tests.catalog.plan_data import SETTINGS, know, plan
-from tests.catalog.sweeping import ON_ONE_DATABASE, add, advance, finish, make, train, view
+from tests.catalog.sweeping import ON_ONE_DATABASE, advance, finish, make, train, view
 from tests.catalog.world import World, begin_plan, sha
 
 PATHS = {"linear_paths": [{"path": "model.layers.*.q_proj", "shape": [64, 64], "layers": [0, 1]}]}
@@ -68,9 +68,6 @@ def test_sweeps_match_patterns_outside_write_transactions(wide: World) -> None:
     advance(wide)
 
     assert view(wide, sweep_id).sweep.num_created == 15
-
-    ask_tell = make(wide, model="wide", lora=LORA, search={"type": "ask_tell", "trials": 2}, parameters={})
-    assert add(wide, ask_tell, 8) == 0
 
 
 def test_patterns_in_a_write_transaction_raise(wide: World) -> None:

@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import pytest
 
 from catalog.fleet import cordons
+from catalog.lifecycle import recording
 from catalog.queue import claims, preemption
 from catalog.scheduling.snapshot import USUAL
-from catalog.search import trials
 from catalog.states import EndReason
 from catalog.sweeps import commands as sweep_commands
 from catalog.sweeps import controller
@@ -21,7 +21,7 @@ from catalog.tasks.task_queue import TaskKind
 from tests.catalog.db.test_lock_order import after_the_first_call, wait_for_one_in_line
 from tests.catalog.fleet.test_cordons import fail
 from tests.catalog.queue.test_preemption import LATE, ONE, SPARED
-from tests.catalog.sweeping import advance, finish, make, measure, of, train
+from tests.catalog.sweeping import advance, finish, make, of, train
 from tests.catalog.world import World, claim_task
 
 pytestmark = [
@@ -92,17 +92,22 @@ def test_workers_that_fail_at_the_same_time_respect_the_limit_of_cordons(
     assert are_cordoned == (True, False)
 
 
-def test_trials_that_reach_a_rung_at_the_same_time_are_compared(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trial_that_reaches_a_rung_during_a_controller_step_is_judged_by_the_next(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     search = {"type": "asha", "trials": 2, "min_steps": 2, "reduction_factor": 2, "seed": 1}
     make(world, search=search, parameters={"lora.rank": {"min": 1, "max": 64}})
     claimed = train(world, num_steps=100)
 
-    def stops(number: int, loss: float) -> bool:
-        return measure(world, claimed[number], 2, loss)
+    def reach_rung(number: int, loss: float) -> None:
+        point = {"kind": "valid", "step": 2, "loss": loss}
+        recording.record_metrics(world.db, claimed[number].claim_id, [point])
 
-    are_stopped = both(world, monkeypatch, trials, "_continues", lambda: stops(0, 1.0), lambda: stops(1, 2.0))
+    reach_rung(0, 1.0)
+    act_after(monkeypatch, controller, "_prune", lambda: reach_rung(1, 2.0))
+    advance(world)
 
-    assert are_stopped == (False, True)
+    assert [world.job(claimed[number].job.id).cancel_requested for number in (0, 1)] == [False, True]
 
 
 def test_tasks_claimed_at_the_same_time_belong_to_different_projects(

@@ -12,9 +12,9 @@ from catalog.audit import log
 from catalog.audit.log import Filters
 from catalog.errors import Forbidden
 from catalog.plans import plans
-from catalog.search.spec import SweepRequest
 from catalog.settings import Settings
 from catalog.spec.job import PlannedJob
+from catalog.spec.sweep import SweepRequest
 from catalog.states import Priority
 from catalog.sweeps import controller, creation, queries
 from catalog.tables.tenancy import ApiKey, Project

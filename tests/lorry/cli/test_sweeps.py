@@ -58,7 +58,9 @@ LINE = "sweeps run m train.jsonl --valid valid.jsonl --over lora.rank=4,8 --over
 def test_run_sends_one_request(service: Script, run: Run, data: None) -> None:
     service.on("POST", "/v1/sweeps", SWEEP)
 
-    printed = run(*LINE.split(), "--asha", "--trials", 20, "--epochs", 2, "--set", "lora.alpha=32", "--keep-best")
+    printed = run(
+        *LINE.split(), "--tpe", "--asha", "--trials", 20, "--epochs", 2, "--set", "lora.alpha=32", "--keep-best"
+    )
 
     assert printed.exit_code == 0
     assert printed.stdout == "sweep-1\n"
@@ -72,7 +74,7 @@ def test_run_sends_one_request(service: Script, run: Run, data: None) -> None:
             "lora.rank": {"values": [4, 8]},
             "optimizer.learning_rate": {"min": 1e-5, "max": 1e-3, "scale": "log"},
         },
-        "search": {"type": "asha", "trials": 20},
+        "search": {"type": "tpe", "pruner": "asha", "trials": 20},
         "method": {"supervised": {"hyperparameters": {"n_epochs": 2}}},
         "lora": {"alpha": 32},
         "keep_adapters": "best",
@@ -125,7 +127,14 @@ def test_over_accepts_groups_and_fields_named_like_options(service: Script, run:
 
 @pytest.mark.parametrize(
     "flags",
-    ["--asha", "--random --asha --trials 2", "--trials 3", "--random --trials 3 --min-steps 4", "--over lora.rank=2"],
+    [
+        "--asha",
+        "--random --tpe --trials 2",
+        "--trials 3",
+        "--tpe --trials 3 --min-steps 4",
+        "--random --trials 3 --min-steps 4",
+        "--over lora.rank=2",
+    ],
 )
 def test_conflicting_options_are_a_usage_error(service: Script, run: Run, data: None, flags: str) -> None:
     printed = run(*LINE.split(), *flags.split())

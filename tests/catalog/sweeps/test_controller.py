@@ -13,16 +13,16 @@ from catalog.jobs import explanation
 from catalog.lifecycle import recording
 from catalog.queue import claims
 from catalog.registry import adapters, base_models
+from catalog.spec.sweep import TPE_AT_ONCE
 from catalog.states import EndReason, JobState
 from catalog.storage import files
 from catalog.sweeps import commands as sweep_commands
-from catalog.sweeps import creation
+from catalog.sweeps import controller, creation
 from catalog.sweeps import queries as sweep_queries
 from catalog.tables.sweeps import Sweep
 from tests.catalog.read_costs import statements_of
 from tests.catalog.sweeping import (
     ON_ONE_DATABASE,
-    add,
     advance,
     board,
     finish,
@@ -137,6 +137,38 @@ def test_stopped_trial_does_not_compete_at_later_rungs(world: World) -> None:
     assert stopped == [False, True, False]
     assert sweep_queries.trial(world.db, **of(world, sweep_id), number=1).trial.rung == 0
     assert measure(world, claimed[2], 4, 0.8) is False
+
+
+@ON_ONE_DATABASE
+def test_trial_that_trains_on_while_no_api_server_runs_is_judged_by_its_score_at_the_rung(world: World) -> None:
+    search = {"type": "asha", "trials": 2, "min_steps": 2, "reduction_factor": 2, "seed": 1}
+    sweep_id = make(world, search=search, parameters={"lora.rank": {"min": 1, "max": 64}})
+    claimed = train(world, num_steps=100)
+    for step, losses in ((2, (1.0, 2.0)), (3, (3.0, 0.1))):
+        for number, loss in enumerate(losses):
+            point = {"kind": "valid", "step": step, "loss": loss}
+            recording.record_metrics(world.db, claimed[number].claim_id, [point])
+
+    advance(world)
+
+    assert [world.job(claimed[number].job.id).cancel_requested for number in (0, 1)] == [False, True]
+    assert [each.value for each in board(world, sweep_id)] == [0.1, 3.0]
+
+
+@ON_ONE_DATABASE
+def test_paused_trial_is_pruned_at_once(world: World) -> None:
+    search = {"type": "asha", "trials": 2, "min_steps": 2, "reduction_factor": 2, "seed": 1}
+    make(world, search=search, parameters={"lora.rank": {"min": 1, "max": 64}})
+    claimed = train(world, num_steps=100)
+    measure(world, claimed[0], 2, 1.0)
+    recording.record_metrics(world.db, claimed[1].claim_id, [{"kind": "valid", "step": 2, "loss": 2.0}])
+    job_commands.pause(world.db, **world.of(claimed[1].job.id))
+    claims.end(world.db, claimed[1].claim_id, reason=EndReason.PAUSED_BY_USER, detail="Paused.")
+
+    advance(world)
+
+    job = world.job(claimed[1].job.id)
+    assert (job.state, job.reason) == (JobState.CANCELLED, EndReason.PRUNED)
 
 
 @ON_ONE_DATABASE
@@ -261,31 +293,41 @@ def test_sweep_that_cannot_create_trials_reports_why_and_ends(world: World) -> N
 
 
 @ON_ONE_DATABASE
-@pytest.mark.parametrize("search", [{"type": "grid"}, {"type": "ask_tell", "trials": 3}])
-def test_outdated_sweep_creates_no_further_trials_and_reports_it(world: World, search: Any) -> None:
-    is_asked = search["type"] == "ask_tell"
-    sweep_id = make(
-        world, search=search, max_concurrent=None if is_asked else 1, **{"parameters": {}} if is_asked else {}
-    )
+def test_outdated_sweep_creates_no_further_trials_and_reports_it(world: World) -> None:
+    sweep_id = make(world, max_concurrent=1)
     with world.db.write() as session:
         sweep = session.get_one(Sweep, sweep_id)
         sweep.requested = {**sweep.requested, "of_old": True}
 
-    if is_asked:
-        with pytest.raises(
-            Conflict, match="this version of Lorry rejects its request: there is no field 'of_old'"
-        ) as refused:
-            add(world, sweep_id, 4)
-        assert refused.value.code == "sweep_outdated"
-        return
     finish(world, train(world)[0], 1.0)
     advance(world)
+
     ended = view(world, sweep_id).sweep
     assert (ended.state, ended.num_created) == ("succeeded", 1)
     assert ended.error is not None
     assert ended.error["code"] == "sweep_outdated"
-    assert "of_old" in ended.error["message"]
-    assert "Create a new sweep" in ended.error["message"]
+    assert "rejects 'of_old'" in ended.error["message"]
+
+
+@ON_ONE_DATABASE
+def test_tpe_sweep_creates_trials_as_earlier_ones_end_and_from_the_same_rows_the_same_ones(world: World) -> None:
+    search = {"type": "tpe", "trials": 16, "seed": 3}
+    sweep_id = make(world, search=search, parameters={"lora.rank": {"min": 1, "max": 64}})
+    advance(world)
+    assert view(world, sweep_id).counts == {"validating_files": TPE_AT_ONCE}
+    for _ in range(12):
+        claimed = train(world)
+        number, claim = min(claimed.items())
+        finish(world, claim, float(claim.job.spec["lora"]["rank"]))
+        for other in claimed.keys() - {number}:
+            claims.end(world.db, claimed[other].claim_id, reason=EndReason.PREEMPTED, detail="Preempted.")
+        with world.db.read() as session:
+            sweep = session.get_one(Sweep, sweep_id)
+            past = controller._past(session, sweep)  # pyright: ignore[reportPrivateUsage]
+        advance(world)
+
+        (expected,) = creation.design_of(sweep).parameters_of([len(past)], past)
+        assert sweep_queries.trial(world.db, **of(world, sweep_id), number=len(past)).trial.parameters == expected
 
 
 def test_canceled_sweep_cancels_unfinished_trials_and_keeps_results(world: World) -> None:

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from catalog.search.fields import VARIABLE
 from catalog.spec.job import PRIORITY, JobRequest
+from catalog.spec.model_fields import fields_of
 from catalog.spec.strict import Strict
 from catalog.states import Priority
 
@@ -19,8 +19,23 @@ MAX_PARAMETERS = 32
 MAX_VALUES = 200
 LARGEST = 1e12
 """Maximum magnitude of a bound: larger than the limits of all fields, and far below the largest float."""
+TPE_AT_ONCE = 4
+"""Default of max_concurrent for tpe, which learns only from trials that have ended."""
+FIXED: dict[str, str] = {
+    "model": "all trials of a sweep train on the same base model",
+    "training_file": "all trials of a sweep are compared on the same data",
+    "validation_file": "all trials of a sweep are compared on the same data",
+    "suffix": "it only names adapters",
+    "metadata": "it only labels jobs",
+    "integrations": "they do not affect the adapter",
+    "must_serve_on": "it only restricts the other fields",
+    "priority": "it only affects when a job trains",
+}
+"""Fields that a sweep can't vary, and the reasons."""
+VARIABLE = {path: kind for path, kind in fields_of(JobRequest) if path.split(".", 1)[0] not in FIXED}
+"""Paths of the fields that a sweep may vary, and their annotations."""
 
-SearchType = Literal["grid", "random", "asha", "ask_tell"]
+SearchType = Literal["grid", "random", "tpe", "asha"]
 Metric = Literal[
     "valid_loss",
     "valid_mean_token_accuracy",
@@ -31,13 +46,6 @@ Metric = Literal[
 ]
 Goal = Literal["minimize", "maximize"]
 SweepState = Literal["running", "succeeded", "failed", "cancelled"]
-OWN_FIELDS: dict[SearchType, tuple[str, ...]] = {
-    "grid": (),
-    "random": ("trials",),
-    "asha": ("trials", "reduction_factor", "min_steps", "max_rungs"),
-    "ask_tell": ("trials",),
-}
-"""The fields that each search method uses, in addition to the seed."""
 Bound = Annotated[float, Field(ge=-LARGEST, le=LARGEST, allow_inf_nan=False)]
 
 
@@ -81,18 +89,21 @@ class Search(Strict):
 
     type: SearchType = Field(
         description=(
-            "grid: every combination. random: `trials` independent samples. asha: random, with early stopping at rungs "
-            "(asynchronous successive halving, arXiv 1810.05934). ask_tell: the client sets the parameters of each "
-            "trial."
+            "grid: every combination. random: `trials` independent samples. tpe: `trials` samples that learn from the "
+            "trials that have ended (tree-structured Parzen estimator). asha: random with the pruner asha."
         )
     )
     trials: Annotated[int, Field(ge=1, le=MAX_TRIALS)] | None = Field(
-        default=None,
-        description="Number of trials; for ask_tell the maximum. null: a grid, with one trial per combination.",
+        default=None, description="Number of trials. null: a grid, with one trial per combination."
     )
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = Field(
         default=None,
         description="Seed for sampling, and for trials whose job sets none. null: chosen at random and returned.",
+    )
+    pruner: Literal["asha"] | None = Field(
+        default=None,
+        description="asha: compare trials at rungs, and stop the worse ones (asynchronous successive halving, "
+        "arXiv 1810.05934). null: stop no trial, unless the type is asha.",
     )
     reduction_factor: Annotated[int, Field(ge=2, le=100)] | None = Field(
         default=None, description="At each rung, the best 1 of this many trials continues (asha only). null: 3."
@@ -104,17 +115,20 @@ class Search(Strict):
             "steps. null: chosen so that three rungs come before the last step."
         ),
     )
-    max_rungs: Annotated[int, Field(ge=1, le=20)] | None = Field(
-        default=None, description="Maximum number of rungs (asha only). null: all rungs before the last step."
-    )
+
+    @property
+    def is_pruned(self) -> bool:
+        return self.pruner is not None or self.type == "asha"
 
     @model_validator(mode="after")
     def _fields_of_its_type(self) -> Search:
-        for name in OWN_FIELDS["asha"]:
-            if name not in OWN_FIELDS[self.type] and getattr(self, name) is not None:
-                raise ValueError(f"{self.type} has no {name}: remove it")
-        if self.trials is None and self.type != "grid":
-            raise ValueError(f"{self.type} requires trials: set the number of trials")
+        if (self.trials is None) != (self.type == "grid"):
+            raise ValueError(
+                "grid has no trials: remove it" if self.trials else f"{self.type} requires trials: set their number"
+            )
+        for name in ("reduction_factor", "min_steps"):
+            if not self.is_pruned and getattr(self, name) is not None:
+                raise ValueError(f"{name} requires a pruner: remove it, or set pruner to 'asha'")
         return self
 
 
@@ -139,9 +153,8 @@ class Objective(Strict):
 class SweepRequest(JobRequest):
     """The body of POST /v1/sweeps: the job fields that all trials share, and the parameters that vary."""
 
-    parameters: Annotated[dict[str, Parameter], Field(max_length=MAX_PARAMETERS)] = Field(
-        default={},
-        description="The fields that vary, by dotted path, for example lora.rank. Empty for ask_tell.",
+    parameters: Annotated[dict[str, Parameter], Field(min_length=1, max_length=MAX_PARAMETERS)] = Field(
+        description="The fields that vary, by dotted path, for example lora.rank.",
         json_schema_extra={"propertyNames": {"enum": [*VARIABLE]}},
     )
     search: Search
@@ -150,19 +163,10 @@ class SweepRequest(JobRequest):
         default="all", description="best: once all trials have finished, delete all adapters except the best one."
     )
     max_concurrent: Annotated[int, Field(ge=1, le=MAX_TRIALS)] | None = Field(
-        default=None, description="Maximum number of unfinished trials at one time. null: no limit."
+        default=None,
+        description=f"Maximum number of unfinished trials at one time. null: {TPE_AT_ONCE} for tpe, else no limit.",
     )
     priority: Priority = Field(default="batch", description=PRIORITY)
-
-    @model_validator(mode="after")
-    def _parameters_of_its_search(self) -> SweepRequest:
-        if self.search.type == "ask_tell" and self.parameters:
-            raise ValueError("an ask_tell sweep has no parameters: set them when you create each trial")
-        if self.search.type == "ask_tell" and self.max_concurrent is not None:
-            raise ValueError("an ask_tell sweep has no max_concurrent: the client decides when it creates trials")
-        if self.search.type != "ask_tell" and not self.parameters:
-            raise ValueError("a sweep requires parameters: set the fields that vary")
-        return self
 
     def template(self) -> dict[str, Any]:
         """Return the fields that all trials share, as the body of a job."""

@@ -1,1 +1,0 @@
-"""Hyperparameter search: specification, search space, design and successive halving of a sweep."""
