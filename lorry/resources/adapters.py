@@ -3,49 +3,46 @@
 from __future__ import annotations
 
 import builtins
-import itertools
-import uuid
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from lorry.errors import LorryError
 from lorry.models import Adapter, AdapterExport, Deployment, Job, Permission
-from lorry.resources import pages
 from lorry.resources.exports import AdapterExports, Format, Quantization
 from lorry.resources.files import OnBytes
+from lorry.resources.resource import Resource, new_key, url
 from lorry.transport.http import Transport
 from lorry.verification import adapter_archive, adapter_folder
 
+_PATH = "adapters"
 
-class Adapters:
+
+class Adapters(Resource):
     """Adapters and checkpoints, own and shared ones. All methods accept an id or a name."""
 
     def __init__(self, transport: Transport) -> None:
-        self._transport = transport
+        super().__init__(transport)
         self.exports = AdapterExports(transport)
 
     def list(self, *, limit: int | None = None, shared: bool = False) -> Iterator[Adapter]:
         """Yield adapters, newest first. `shared`: those that other projects share, instead of the project's own."""
-        params = {"shared": "true"} if shared else None
-        found = pages.follow(self._transport, "adapters", params=params)
-        return (Adapter.of(item) for item in itertools.islice(found, limit))
+        return self._list(Adapter, _PATH, limit=limit, params={"shared": "true" if shared else None})
 
     def get(self, name: str) -> Adapter:
-        return Adapter.of(self._transport.get(_of(name)))
+        return self._get(Adapter, _PATH, name)
 
     def manifest(self, name: str) -> dict[str, Any]:
         """Return the manifest. `data`: path, digest and num_bytes of each file; `artifact`: digest of the manifest."""
-        return self._transport.get(_of(name, "files"))
+        return self._transport.get(url(_PATH, name, "files"))
 
     def lineage(self, name: str) -> dict[str, Any]:
         """Return the lineage record with its id. `children`: names of the adapters that continue from this one."""
-        return self._transport.get(_of(name, "lineage"))
+        return self._transport.get(url(_PATH, name, "lineage"))
 
     def verify(self, name: str) -> dict[str, Any]:
         """Make the service verify every stored byte. Return `passed` and `problems`."""
-        return self._transport.request("POST", _of(name, "verify"))
+        return self._transport.request("POST", url(_PATH, name, "verify"))
 
     def reproduce(self, name: str, *, idempotency_key: str | None = None) -> Job:
         """Create a job that trains the adapter again from its lineage record. Wait for it with `lorry.jobs.wait`.
@@ -53,8 +50,7 @@ class Adapters:
         `reproduces` of the finished job contains the comparison: `identical` and `message`. Raises Conflict with a list
         of the inputs that are missing. Retries after a lost response create no second job.
         """
-        headers = {"idempotency-key": idempotency_key or str(uuid.uuid4())}
-        return Job.of(self._transport.request("POST", _of(name, "reproduce"), headers=headers))
+        return self._post(Job, _PATH, name, "reproduce", key=idempotency_key or new_key())
 
     def signing_keys(self) -> builtins.list[dict[str, Any]]:
         """Return the public keys of lineage signatures, for `lorry.verification.adapter_folder.verify_folder`."""
@@ -76,28 +72,28 @@ class Adapters:
 
     def delete(self, name: str) -> None:
         """Delete an adapter with its files and exports."""
-        self._transport.request("DELETE", _of(name))
+        self._delete(_PATH, name)
 
     def share(self, name: str, projects: Sequence[str]) -> builtins.list[Permission]:
         """Allow other projects, by id or name, to read, download and continue it. Requires an operator key."""
-        answer = self._transport.request("POST", _permissions(name), body={"project_ids": [*projects]})
+        answer = self._transport.request("POST", url(*_permissions(name)), body={"project_ids": [*projects]})
         return [Permission.of(item) for item in answer["data"]]
 
     def permissions(self, name: str) -> Iterator[Permission]:
         """Yield the permissions of other projects, newest first. Requires an operator key."""
-        return (Permission.of(item) for item in pages.follow(self._transport, _permissions(name)))
+        return self._list(Permission, *_permissions(name))
 
     def unshare(self, name: str, permission_id: str) -> None:
         """Revoke a permission. Running jobs of the other project continue. Requires an operator key."""
-        self._transport.request("DELETE", _permissions(name, permission_id))
+        self._delete(*_permissions(name, permission_id))
 
     def deploy(self, name: str, endpoint: str) -> Deployment:
         """Deploy an adapter on a serving endpoint, by its name or id. Returns immediately, in state `pending`."""
-        return Deployment.of(self._transport.request("POST", _of(name, "deployments"), body={"endpoint": endpoint}))
+        return self._post(Deployment, _PATH, name, "deployments", body={"endpoint": endpoint})
 
     def deployments(self, name: str) -> Iterator[Deployment]:
         """Yield the deployments of an adapter, by the endpoint's name."""
-        return (Deployment.of(item) for item in pages.items(self._transport, _of(name, "deployments")))
+        return self._items(Deployment, _PATH, name, "deployments")
 
     def wait_deployed(
         self,
@@ -127,7 +123,7 @@ class Adapters:
 
     def undeploy(self, name: str, endpoint: str) -> None:
         """Unload an adapter from a serving endpoint, by its name or id."""
-        self._transport.request("DELETE", _of(name, "deployments", quote(endpoint, safe="")))
+        self._delete(_PATH, name, "deployments", endpoint)
 
     def pull(self, name: str, directory: Path | str, *, on_progress: OnBytes | None = None) -> Path:
         """Download the adapter to `directory`, which must not exist, be empty, or contain this adapter. If it contains
@@ -149,13 +145,10 @@ class Adapters:
             contents.update_lineage(target)
             return target
         adapter_folder.check_free(target, name=contents.name)
-        with self._transport.stream(_of(adapter.id, "archive"), headers={"accept": "application/x-tar"}) as response:
+        archive = url(_PATH, adapter.id, "archive")
+        with self._transport.stream(archive, headers={"accept": "application/x-tar"}) as response:
             return adapter_archive.unpack(response.iter_bytes(), contents, target, on_progress=on_progress)
 
 
-def _of(name: str, *rest: str) -> str:
-    return "/".join(("adapters", quote(name, safe=""), *rest))
-
-
-def _permissions(name: str, *rest: str) -> str:
-    return "/".join(("fine_tuning/checkpoints", quote(name, safe=""), "permissions", *rest))
+def _permissions(name: str, *rest: str) -> tuple[str, ...]:
+    return ("fine_tuning/checkpoints", name, "permissions", *rest)

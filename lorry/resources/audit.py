@@ -8,14 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 from lorry.models import AuditEvent, AuditVerification
-from lorry.resources import pages
-from lorry.transport.http import Transport
+from lorry.resources.resource import Resource
 
 
-class Audit:
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
+class Audit(Resource):
     def list(
         self,
         *,
@@ -34,7 +30,7 @@ class Audit:
             "effective_at[gte]": since,
             "effective_at[lte]": until,
         }
-        return (AuditEvent.of(item) for item in pages.follow(self._transport, "audit_events", params=params))
+        return self._list(AuditEvent, "audit_events", params=params)
 
     def verify(self) -> AuditVerification:
         """Make the server verify the whole chain and its anchors, up to the first event that does not fit. Requires an

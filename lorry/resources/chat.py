@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from lorry.errors import APIError, ConnectionFailed
+from lorry.resources.resource import Resource, given
 from lorry.transport import sse
 from lorry.transport.http import Transport
 
@@ -51,10 +52,7 @@ class AnswerStream(Iterator[str]):
         )
 
 
-class Chat:
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
+class Chat(Resource):
     def stream(
         self,
         model: str,
@@ -90,5 +88,4 @@ class Chat:
         return self._answer("completions", {"model": model, "prompt": prompt, **parameters})
 
     def _answer(self, path: str, parameters: Mapping[str, Any]) -> AnswerStream:
-        given = {name: value for name, value in parameters.items() if value is not None}
-        return AnswerStream(self._transport, path, {**given, "stream": True})
+        return AnswerStream(self._transport, path, given(**parameters, stream=True))

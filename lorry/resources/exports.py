@@ -7,14 +7,11 @@ import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
-from urllib.parse import quote
 
 from lorry.errors import BadDownload, LorryError, WaitTimeout
 from lorry.models import AdapterExport
-from lorry.resources import pages
 from lorry.resources.files import OnBytes
-from lorry.resources.polling import poll_until
-from lorry.transport.http import Transport
+from lorry.resources.resource import Resource, url
 from lorry.verification import adapter_folder
 from lorry.verification.adapter_folder import FileEntry
 
@@ -22,11 +19,8 @@ Format = Literal["adapter", "merged", "gguf", "gguf-lora"]
 Quantization = Literal["f16", "q8_0"]
 
 
-class AdapterExports:
+class AdapterExports(Resource):
     """The project's exports of adapters and checkpoints, by the adapter's id or name."""
-
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
 
     def create(
         self,
@@ -42,22 +36,22 @@ class AdapterExports:
         quantization: for `gguf`, by default q8_0. hub_repository: ORG/NAME, to which the worker uploads the files.
         """
         body = {"format": format, "quantization": quantization, "hub_repository": hub_repository}
-        return AdapterExport.of(self._transport.request("POST", _of(adapter), body=body))
+        return self._post(AdapterExport, *_of(adapter), body=body)
 
     def get(self, adapter: str, export_id: str) -> AdapterExport:
-        return AdapterExport.of(self._transport.get(_of(adapter, export_id)))
+        return self._get(AdapterExport, *_of(adapter, export_id))
 
     def list(self, adapter: str) -> Iterator[AdapterExport]:
         """Yield the project's exports of the adapter, newest first."""
-        return (AdapterExport.of(item) for item in pages.follow(self._transport, _of(adapter)))
+        return self._list(AdapterExport, *_of(adapter))
 
     def cancel(self, adapter: str, export_id: str) -> AdapterExport:
         """Cancel an unfinished export."""
-        return AdapterExport.of(self._transport.request("POST", _of(adapter, export_id, "cancel")))
+        return self._post(AdapterExport, *_of(adapter, export_id, "cancel"))
 
     def delete(self, adapter: str, export_id: str) -> None:
         """Delete an export with its files. An upload to the Hub is not deleted."""
-        self._transport.request("DELETE", _of(adapter, export_id))
+        self._delete(*_of(adapter, export_id))
 
     def wait(
         self,
@@ -69,8 +63,7 @@ class AdapterExports:
         poll_seconds: float = 1.0,
     ) -> AdapterExport:
         """Wait until the export has succeeded. Raises LorryError with its error if it failed or was cancelled."""
-        export = poll_until(
-            self._transport,
+        export = self._poll(
             lambda: self.get(adapter, export_id),
             lambda export: export.is_final,
             on_progress=on_progress,
@@ -92,7 +85,7 @@ class AdapterExports:
         Every digest is checked before the folder appears under its name. After an interruption, files that are already
         complete are not downloaded again. Raises BadDownload.
         """
-        manifest = self._transport.get(_of(adapter, export_id, "files"))
+        manifest = self._transport.get(url(*_of(adapter, export_id, "files")))
         contents = adapter_folder.Contents.of(
             name=export_id, manifest=manifest, artifact=str(manifest.get("artifact")), lineage={}
         )
@@ -119,8 +112,8 @@ class AdapterExports:
     ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         draft, digest, num_read = path.with_name(f"{path.name}.part"), hashlib.sha256(), 0
-        url = _of(adapter, export_id, "files", *file.path.split("/"))
-        with self._transport.stream(url) as response, draft.open("wb") as out:
+        path_of_file = url(*_of(adapter, export_id, "files", *file.path.split("/")))
+        with self._transport.stream(path_of_file) as response, draft.open("wb") as out:
             for piece in response.iter_bytes():
                 num_read += len(piece)
                 if num_read > file.num_bytes:
@@ -138,8 +131,8 @@ class AdapterExports:
         draft.rename(path)
 
 
-def _of(adapter: str, *rest: str) -> str:
-    return "/".join(("adapters", quote(adapter, safe=""), "exports", *(quote(part, safe="") for part in rest)))
+def _of(adapter: str, *rest: str) -> tuple[str, ...]:
+    return ("adapters", adapter, "exports", *rest)
 
 
 def _failure(export: AdapterExport) -> LorryError:

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import itertools
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import quote
 
 from lorry.errors import BadDownload
 from lorry.models import File
-from lorry.resources import pages
-from lorry.transport.http import Transport
+from lorry.resources.resource import Resource, url
 
 OnBytes = Callable[[int, int], None]
 """Called with the number of bytes transferred so far, and the total (0: unknown)."""
 
 
-class Files:
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
+class Files(Resource):
     def upload(
         self,
         path: Path | str,
@@ -49,15 +43,14 @@ class Files:
         return File.of(uploaded)
 
     def list(self, *, limit: int | None = None, purpose: str | None = None) -> Iterator[File]:
-        found = pages.follow(self._transport, "files", params={"purpose": purpose})
-        return (File.of(item) for item in itertools.islice(found, limit))
+        return self._list(File, "files", limit=limit, params={"purpose": purpose})
 
     def get(self, file_id: str) -> File:
-        return File.of(self._transport.get(f"files/{quote(file_id, safe='')}"))
+        return self._get(File, "files", file_id)
 
     def content(self, file_id: str) -> Iterator[bytes]:
         """Yield the bytes as they were uploaded, in pieces."""
-        with self._transport.stream(f"files/{quote(file_id, safe='')}/content") as response:
+        with self._transport.stream(url("files", file_id, "content")) as response:
             yield from response.iter_bytes()
 
     def download(self, file_id: str, path: Path | str | None = None) -> Path:
@@ -92,10 +85,10 @@ class Files:
 
     def report(self, file_id: str, *, model: str) -> dict[str, Any]:
         """Return the data report of the file as tokenized for `model`: rows, tokens, truncated rows and so on."""
-        return self._transport.get(f"files/{quote(file_id, safe='')}/report", {"model": model})
+        return self._transport.get(url("files", file_id, "report"), {"model": model})
 
     def delete(self, file_id: str) -> None:
-        self._transport.request("DELETE", f"files/{quote(file_id, safe='')}")
+        self._delete("files", file_id)
 
 
 class _Reported:

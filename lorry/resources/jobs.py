@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Unpack
-from urllib.parse import quote
 
 from lorry import requests
 from lorry.errors import WaitTimeout
 from lorry.models import Attempt, Checkpoint, Job, JobEvent, LogLine
 from lorry.resources import follow as live
-from lorry.resources import pages
 from lorry.resources.follow import JobUpdate
-from lorry.resources.polling import poll_until
-from lorry.transport.http import Transport
+from lorry.resources.resource import PAGE_SIZE, Resource, given, new_key, url
 from lorry.view import View
 
 _PATH = "fine_tuning/jobs"
@@ -39,10 +34,7 @@ class Sample(View):
     """Whether the answer ended within the token limit."""
 
 
-class Jobs:
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
+class Jobs(Resource):
     def create(
         self,
         *,
@@ -61,11 +53,10 @@ class Jobs:
         NotFound or Conflict if the service rejects the job.
         """
         body = job_body(fields, model=model, training_file=training_file, plan=plan)
-        headers = {"idempotency-key": idempotency_key or str(uuid.uuid4())}
-        return Job.of(self._transport.request("POST", _PATH, body=body, headers=headers))
+        return self._post(Job, _PATH, body=body, key=idempotency_key or new_key())
 
     def get(self, job_id: str) -> Job:
-        return Job.of(self._transport.get(_of(job_id)))
+        return self._get(Job, _PATH, job_id)
 
     def list(
         self,
@@ -77,25 +68,24 @@ class Jobs:
         """Yield jobs, newest first. `metadata` and `tags`: only jobs that have all of them."""
         params: dict[str, Any] = {f"metadata[{key}]": value for key, value in (metadata or {}).items()}
         params |= {"tag": [*tags]} if tags else {}
-        found = pages.follow(self._transport, _PATH, params=params)
-        return (Job.of(item) for item in itertools.islice(found, limit))
+        return self._list(Job, _PATH, limit=limit, params=params)
 
     def cancel(self, job_id: str) -> Job:
         """Cancel the job. A waiting job is cancelled immediately, a running one within seconds."""
-        return self._verb(job_id, "cancel")
+        return self._post(Job, _PATH, job_id, "cancel")
 
     def pause(self, job_id: str) -> Job:
-        return self._verb(job_id, "pause")
+        return self._post(Job, _PATH, job_id, "pause")
 
     def resume(self, job_id: str) -> Job:
-        return self._verb(job_id, "resume")
+        return self._post(Job, _PATH, job_id, "resume")
 
     def hold(self, job_id: str) -> Job:
         """Keep the job in the queue without starting it, until it is released."""
-        return self._verb(job_id, "hold")
+        return self._post(Job, _PATH, job_id, "hold")
 
     def release(self, job_id: str) -> Job:
-        return self._verb(job_id, "release")
+        return self._post(Job, _PATH, job_id, "release")
 
     def move(
         self,
@@ -106,8 +96,7 @@ class Jobs:
         to: Literal["first", "last"] | None = None,
     ) -> Job:
         """Move the job among the project's waiting jobs of the same priority. Pass exactly one argument."""
-        target = {name: value for name, value in {"before": before, "after": after, "to": to}.items() if value}
-        return Job.of(self._transport.request("POST", _of(job_id, "move"), body=target))
+        return self._post(Job, _PATH, job_id, "move", body=given(before=before, after=after, to=to))
 
     def events(
         self,
@@ -117,9 +106,9 @@ class Jobs:
         limit: int | None = None,
     ) -> Iterator[JobEvent]:
         """Yield events, newest first. `type`: only events of this type."""
-        page_size = min(limit or pages.PAGE_SIZE, pages.PAGE_SIZE)
-        found = pages.follow(self._transport, _of(job_id, "events"), params={"type": type}, page_size=page_size)
-        return (JobEvent.of(item) for item in itertools.islice(found, limit))
+        page_size = min(limit or PAGE_SIZE, PAGE_SIZE)
+        params = {"type": type}
+        return self._list(JobEvent, _PATH, job_id, "events", limit=limit, params=params, page_size=page_size)
 
     def samples(self, job_id: str) -> Iterator[Sample]:
         """Yield the completions of `evaluation.samples`, those of the latest evaluation first."""
@@ -128,23 +117,22 @@ class Jobs:
             yield from (Sample.of({"step": event.data.get("step"), **sample}) for sample in given)
 
     def checkpoints(self, job_id: str) -> Iterator[Checkpoint]:
-        return (Checkpoint.of(item) for item in pages.follow(self._transport, _of(job_id, "checkpoints")))
+        return self._list(Checkpoint, _PATH, job_id, "checkpoints")
 
     def attempts(self, job_id: str) -> list[Attempt]:
-        data: list[dict[str, Any]] = self._transport.get(_of(job_id, "attempts")).get("data") or []
-        return [Attempt.of(item) for item in data]
+        return [*self._items(Attempt, _PATH, job_id, "attempts")]
 
     def metrics(self, job_id: str, *, kind: str = "train") -> list[dict[str, Any]]:
         """Return the points of the curve `kind`: train or valid."""
-        return self._transport.get(_of(job_id, "metrics"), {"kind": kind}).get("data") or []
+        return self._transport.get(url(_PATH, job_id, "metrics"), {"kind": kind}).get("data") or []
 
     def why(self, job_id: str) -> dict[str, Any]:
         """Explain the job's state."""
-        return self._transport.get(_of(job_id, "why"))
+        return self._transport.get(url(_PATH, job_id, "why"))
 
     def data_report(self, job_id: str) -> dict[str, Any]:
         """Return the data reports of the job's files."""
-        return self._transport.get(_of(job_id, "data_report"))
+        return self._transport.get(url(_PATH, job_id, "data_report"))
 
     def wait(
         self,
@@ -155,8 +143,7 @@ class Jobs:
         poll_seconds: float = 1.0,
     ) -> Job:
         """Wait until the job is final, and return it. Check `status` and `error`. A paused job is waited for, too."""
-        return poll_until(
-            self._transport,
+        return self._poll(
             lambda: self.get(job_id),
             lambda job: job.is_final,
             on_progress=on_progress,
@@ -177,12 +164,11 @@ class Jobs:
         `contains`: only lines with this text, ignoring case. Lines of a running job appear within a minute; logs are
         kept for 30 days after the job's end."""
         params: dict[str, Any] = {"attempt": attempt, "rank": rank, "contains": contains}
-        found = pages.follow(self._transport, _of(job_id, "logs"), params=params, page_size=1000)
-        return (LogLine.of(item) for item in found)
+        return self._list(LogLine, _PATH, job_id, "logs", params=params, page_size=1000)
 
     def stream(self, job_id: str, *, last_event_id: str | None = None) -> Iterator[JobUpdate]:
         """Yield the live updates of one connection, until the service ends it. `follow` reconnects."""
-        return live.stream(self._transport, _of(job_id, "stream"), last_event_id)
+        return live.stream(self._transport, url(_PATH, job_id, "stream"), last_event_id)
 
     def follow(
         self,
@@ -206,9 +192,6 @@ class Jobs:
             patience_seconds=patience_seconds,
         )
 
-    def _verb(self, job_id: str, verb: str) -> Job:
-        return Job.of(self._transport.request("POST", _of(job_id, verb)))
-
 
 def job_body(fields: requests.JobFields, **named: str | None) -> dict[str, Any]:
     """Return the body of a request for a job or a plan."""
@@ -218,7 +201,3 @@ def job_body(fields: requests.JobFields, **named: str | None) -> dict[str, Any]:
         chosen = method or "supervised"
         body["method"] = {"type": chosen, **({chosen: {"hyperparameters": numbers}} if numbers else {})}
     return {name: value for name, value in body.items() if value is not None} | dict(extra or {})
-
-
-def _of(job_id: str, *rest: str) -> str:
-    return "/".join((_PATH, quote(job_id, safe=""), *rest))

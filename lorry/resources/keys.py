@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
-from urllib.parse import quote
-from uuid import uuid4
 
 from lorry.models import ApiKey, Project, ProjectLimit, RevokedKey
 from lorry.requests import Priority
-from lorry.resources import pages
-from lorry.transport.http import Transport
+from lorry.resources.resource import Resource, given, new_key, url
+
+_KEYS, _PROJECTS = "api_keys", "projects"
 
 
-class Keys:
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
+class Keys(Resource):
     def create(
         self,
         name: str,
@@ -33,20 +29,23 @@ class Keys:
         or name; other projects require an operator key. `highest_priority`: of its jobs; None: "normal". Other values
         require an operator key.
         """
-        body: dict[str, Any] = {"name": name, "is_operator": is_operator}
-        given = {"scopes": None if scopes is None else list(scopes), "expires_at": expires_at, "project": project}
-        given |= {"highest_priority": highest_priority}
-        body |= {field: value for field, value in given.items() if value is not None}
+        body = given(
+            name=name,
+            is_operator=is_operator,
+            scopes=None if scopes is None else list(scopes),
+            expires_at=expires_at,
+            project=project,
+            highest_priority=highest_priority,
+        )
         # If the response is lost, the automatic retry creates no second key: it fails and names the first one.
-        once = {"idempotency-key": str(uuid4())}
-        return ApiKey.of(self._transport.request("POST", "api_keys", body=body, headers=once))
+        return self._post(ApiKey, _KEYS, body=body, key=new_key())
 
     def list(self, *, project: str | None = None) -> Iterator[ApiKey]:
         """Yield keys, newest first, including revoked and expired ones."""
-        return (ApiKey.of(item) for item in pages.follow(self._transport, "api_keys", params={"project": project}))
+        return self._list(ApiKey, _KEYS, params={"project": project})
 
     def get(self, key_id: str) -> ApiKey:
-        return ApiKey.of(self._transport.get(_key(key_id)))
+        return self._get(ApiKey, _KEYS, key_id)
 
     def revoke(self, key_id: str, *, cancel: bool = False, with_descendants: bool = False) -> RevokedKey:
         """Revoke the key immediately. Its sweeps create no more trials; its jobs continue.
@@ -54,16 +53,14 @@ class Keys:
         `cancel`: cancel its unfinished work. `with_descendants`: also revoke the keys that it created,
         directly or indirectly. An interrupted call can be repeated.
         """
-        body = {"cancel": cancel, "with_descendants": with_descendants}
-        given = {name: True for name, is_asked in body.items() if is_asked}
-        return RevokedKey.of(self._transport.request("POST", f"{_key(key_id)}/revoke", body=given or None))
+        body = given(cancel=cancel or None, with_descendants=with_descendants or None)
+        return self._post(RevokedKey, _KEYS, key_id, "revoke", body=body or None)
 
     def rotate(self, key_id: str, *, overlap_seconds: int | None = None, expires_at: int | None = None) -> ApiKey:
         """Create a key with the same name and rights. Only this response contains its secret, `value`. The old key
         stays valid for `overlap_seconds` (default: one day)."""
-        given = {"overlap_seconds": overlap_seconds, "expires_at": expires_at}
-        body = {field: value for field, value in given.items() if value is not None}
-        return ApiKey.of(self._transport.request("POST", f"{_key(key_id)}/rotate", body=body))
+        body = given(overlap_seconds=overlap_seconds, expires_at=expires_at)
+        return self._post(ApiKey, _KEYS, key_id, "rotate", body=body)
 
     def limit(
         self,
@@ -78,41 +75,37 @@ class Keys:
 
         None: unchanged; "service": the service's limit; 0: no limit.
         """
-        limits = {"requests_per_minute": requests_per_minute, "jobs_per_day": jobs_per_day}
-        limits |= {"highest_priority": highest_priority}
-        body = {name: None if value == "service" else value for name, value in limits.items() if value is not None}
-        return ApiKey.of(self._transport.request("POST", f"{_key(key_id)}/limits", body=body))
+        limits = given(
+            requests_per_minute=requests_per_minute, jobs_per_day=jobs_per_day, highest_priority=highest_priority
+        )
+        body = {name: None if value == "service" else value for name, value in limits.items()}
+        return self._post(ApiKey, _KEYS, key_id, "limits", body=body)
 
 
-class Projects:
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
+class Projects(Resource):
     def create(self, name: str, *, organization: str | None = None) -> Project:
         """Create a project. `organization`: id or name; None: yours. Requires an operator key."""
-        body = {"name": name} if organization is None else {"name": name, "organization": organization}
-        return Project.of(self._transport.request("POST", "projects", body=body))
+        return self._post(Project, _PROJECTS, body=given(name=name, organization=organization))
 
     def list(self, *, archived: bool = False) -> Iterator[Project]:
         """Yield the key's project, or all projects with an operator key. `archived`: include archived projects."""
-        params = {"archived": "true" if archived else None}
-        return (Project.of(item) for item in pages.follow(self._transport, "projects", params=params))
+        return self._list(Project, _PROJECTS, params={"archived": "true" if archived else None})
 
     def get(self, project: str) -> Project:
         """Return a project by id or name."""
-        return Project.of(self._transport.get(_project(project)))
+        return self._get(Project, _PROJECTS, project)
 
     def rename(self, project: str, name: str) -> Project:
         """Rename a project. Requires an operator key."""
-        return Project.of(self._transport.request("POST", _project(project), body={"name": name}))
+        return self._post(Project, _PROJECTS, project, body={"name": name})
 
     def weigh(self, project: str, weight: float) -> Project:
         """Set the fair-share weight relative to other projects with waiting jobs. Requires an operator key."""
-        return Project.of(self._transport.request("POST", f"{_project(project)}/weight", body={"weight": weight}))
+        return self._post(Project, _PROJECTS, project, "weight", body={"weight": weight})
 
     def limits(self, project: str) -> dict[str, ProjectLimit]:
         """Return the project's quotas and usage, by the names of the arguments of `limit`."""
-        return _limits(self._transport.get(f"{_project(project)}/limits"))
+        return _limits(self._transport.get(url(_PROJECTS, project, "limits")))
 
     def limit(
         self,
@@ -129,35 +122,27 @@ class Projects:
     ) -> dict[str, ProjectLimit]:
         """Set quotas. None: unchanged; "none": no limit. `highest_priority`: of its jobs, shown by `get`. Requires an
         operator key."""
-        limits = {
-            "concurrent_jobs": concurrent_jobs,
-            "queued_jobs": queued_jobs,
-            "jobs_per_day": jobs_per_day,
-            "device_hours_per_month": device_hours_per_month,
-            "stored_bytes": stored_bytes,
-            "plans_per_day": plans_per_day,
-            "tokens_per_day": tokens_per_day,
-            "highest_priority": highest_priority,
-        }
-        body = {name: None if value == "none" else value for name, value in limits.items() if value is not None}
-        return _limits(self._transport.request("POST", f"{_project(project)}/limits", body=body))
+        limits = given(
+            concurrent_jobs=concurrent_jobs,
+            queued_jobs=queued_jobs,
+            jobs_per_day=jobs_per_day,
+            device_hours_per_month=device_hours_per_month,
+            stored_bytes=stored_bytes,
+            plans_per_day=plans_per_day,
+            tokens_per_day=tokens_per_day,
+            highest_priority=highest_priority,
+        )
+        body = {name: None if value == "none" else value for name, value in limits.items()}
+        return _limits(self._transport.request("POST", url(_PROJECTS, project, "limits"), body=body))
 
     def archive(self, project: str) -> Project:
         """Archive a project: its keys are no longer valid; its data stays. Requires an operator key."""
-        return Project.of(self._transport.request("POST", f"{_project(project)}/archive"))
+        return self._post(Project, _PROJECTS, project, "archive")
 
     def restore(self, project: str) -> Project:
         """Restore a project: its keys are valid again. Requires an operator key."""
-        return Project.of(self._transport.request("POST", f"{_project(project)}/restore"))
+        return self._post(Project, _PROJECTS, project, "restore")
 
 
 def _limits(project: dict[str, Any]) -> dict[str, ProjectLimit]:
     return {limit.name: limit for limit in map(ProjectLimit.of, project.get("limits") or ())}
-
-
-def _key(key_id: str) -> str:
-    return f"api_keys/{quote(key_id, safe='')}"
-
-
-def _project(project: str) -> str:
-    return f"projects/{quote(project, safe='')}"

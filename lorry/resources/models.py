@@ -5,21 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
-from urllib.parse import quote
 
 from lorry.errors import LorryError, WaitTimeout
 from lorry.models import Model
-from lorry.resources import pages
-from lorry.resources.polling import poll_until
-from lorry.transport.http import Transport
+from lorry.resources.resource import Resource
 
 Kind = Literal["hub", "folder", "gguf"]
 
 
-class Models:
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
+class Models(Resource):
     def add(
         self,
         name: str,
@@ -39,7 +33,7 @@ class Models:
         if kind != "hub":
             source = str(Path(source).expanduser().resolve())
         body = {"name": name, "kind": kind, "source": source, "revision": revision, "chat_template": chat_template}
-        return Model.of(self._transport.request("POST", "models", body=body))
+        return self._post(Model, "models", body=body)
 
     def wait(
         self,
@@ -50,8 +44,7 @@ class Models:
         poll_seconds: float = 0.5,
     ) -> Model:
         """Wait until the base model is `ready`. Raises LorryError with the import's error if it failed."""
-        model = poll_until(
-            self._transport,
+        model = self._poll(
             lambda: self.get(name),
             lambda model: model.state in {"ready", "failed"},
             on_progress=on_progress,
@@ -76,13 +69,13 @@ class Models:
         return model
 
     def list(self) -> Iterator[Model]:
-        return (Model.of(item) for item in pages.items(self._transport, "models"))
+        return self._items(Model, "models")
 
     def get(self, name: str) -> Model:
-        return Model.of(self._transport.get(f"models/{quote(name, safe='')}"))
+        return self._get(Model, "models", name)
 
     def delete(self, name: str) -> None:
-        self._transport.request("DELETE", f"models/{quote(name, safe='')}")
+        self._delete("models", name)
 
 
 def guess_kind(source: str) -> Kind:

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from urllib.parse import quote
 
 from lorry.models import Organization
-from lorry.resources import pages
-from lorry.transport.http import Transport
+from lorry.resources.resource import Resource
+
+_PATH = "organizations"
 
 
-class Organizations:
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
+class Organizations(Resource):
     def create(self, name: str) -> Organization:
         """Create an organization. Requires an operator key."""
-        return Organization.of(self._transport.request("POST", "organizations", body={"name": name}))
+        return self._post(Organization, _PATH, body={"name": name})
 
     def list(self) -> Iterator[Organization]:
         """Yield the key's organization, or all organizations with an operator key."""
-        return (Organization.of(item) for item in pages.follow(self._transport, "organizations"))
+        return self._list(Organization, _PATH)
 
     def get(self, organization: str) -> Organization:
         """Return an organization by id or name."""
-        return Organization.of(self._transport.get(_path(organization)))
+        return self._get(Organization, _PATH, organization)
 
     def rename(self, organization: str, name: str) -> Organization:
         """Rename an organization. Requires an operator key."""
-        return Organization.of(self._transport.request("POST", _path(organization), body={"name": name}))
-
-
-def _path(organization: str) -> str:
-    return f"organizations/{quote(organization, safe='')}"
+        return self._post(Organization, _PATH, organization, body={"name": name})

@@ -2,48 +2,40 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from typing import Unpack
-from urllib.parse import quote
 
 from lorry import requests
 from lorry.errors import WaitTimeout
 from lorry.models import Plan
-from lorry.resources import pages
 from lorry.resources.jobs import job_body
-from lorry.resources.polling import poll_until
-from lorry.transport.http import Transport
+from lorry.resources.resource import Resource
 
 _PATH = "plans"
 
 
-class Plans:
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
+class Plans(Resource):
     def create(self, *, model: str, training_file: str, **fields: Unpack[requests.JobFields]) -> Plan:
         """Create a plan from the arguments of a job, without training. It is ready immediately if the files were
         already prepared for this base model; else its status is `computing`, and `wait` waits for it. Raises
         InvalidRequest, NotFound or Conflict if the service would reject the job."""
         body = job_body(fields, model=model, training_file=training_file)
-        return Plan.of(self._transport.request("POST", _PATH, body=body))
+        return self._post(Plan, _PATH, body=body)
 
     def get(self, plan_id: str) -> Plan:
-        return Plan.of(self._transport.get(_of(plan_id)))
+        return self._get(Plan, _PATH, plan_id)
 
     def list(self, *, limit: int | None = None) -> Iterator[Plan]:
         """Yield plans, newest first, without sample rows."""
-        return (Plan.of(item) for item in itertools.islice(pages.follow(self._transport, _PATH), limit))
+        return self._list(Plan, _PATH, limit=limit)
 
     def delete(self, plan_id: str) -> None:
         """Delete the plan. Jobs created from it stay. Plans expire automatically after seven days."""
-        self._transport.request("DELETE", _of(plan_id))
+        self._delete(_PATH, plan_id)
 
     def wait(self, plan_id: str, *, timeout_seconds: float | None = None, poll_seconds: float = 1.0) -> Plan:
         """Wait until the plan is ready or has failed, and return it. Check `status` and `error`."""
-        return poll_until(
-            self._transport,
+        return self._poll(
             lambda: self.get(plan_id),
             lambda plan: plan.status != "computing",
             timeout_seconds=timeout_seconds,
@@ -54,7 +46,3 @@ class Plans:
                 remedy="Wait again. If `lorry workers list` shows no running worker, start one with `lorry worker`.",
             ),
         )
-
-
-def _of(plan_id: str) -> str:
-    return f"{_PATH}/{quote(plan_id, safe='')}"

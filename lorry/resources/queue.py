@@ -5,18 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import quote
 
 from lorry.models import Worker
-from lorry.resources import pages
+from lorry.resources.resource import Resource
 from lorry.transport import sse
-from lorry.transport.http import Transport
 
 
-class Queue:
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
+class Queue(Resource):
     def get(self, *, all_projects: bool = False) -> dict[str, Any]:
         """Return running and queued jobs in scheduling order."""
         return self._transport.get("queue", {"all": "true" if all_projects else None})
@@ -28,26 +23,20 @@ class Queue:
                 yield json.loads(event.data)
 
 
-class Workers:
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
+class Workers(Resource):
     def list(self) -> Iterator[Worker]:
-        return (Worker.of(item) for item in pages.items(self._transport, "workers"))
+        return self._items(Worker, "workers")
 
     def cordon(self, worker_id: str, *, reason: str | None = None) -> Worker:
         """Cordon a worker: it finishes its jobs and claims no new ones. A replacement on the same host and devices
         inherits the cordon. Requires an operator key."""
-        return self._post(worker_id, "cordon", {"reason": reason} if reason else {})
+        return self._post(Worker, "workers", worker_id, "cordon", body={"reason": reason} if reason else {})
 
     def uncordon(self, worker_id: str) -> Worker:
         """Uncordon a worker, so that it claims jobs again. Requires an operator key."""
-        return self._post(worker_id, "uncordon")
+        return self._post(Worker, "workers", worker_id, "uncordon")
 
     def drain(self, worker_id: str) -> Worker:
         """Drain a worker: it saves and releases its jobs, and exits. A replacement on the same host and devices is
         cordoned. Requires an operator key."""
-        return self._post(worker_id, "drain")
-
-    def _post(self, worker_id: str, verb: str, body: dict[str, Any] | None = None) -> Worker:
-        return Worker.of(self._transport.request("POST", f"workers/{quote(worker_id, safe='')}/{verb}", body=body))
+        return self._post(Worker, "workers", worker_id, "drain")

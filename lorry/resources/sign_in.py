@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from lorry.transport.http import Transport
+from lorry.resources.resource import Resource
 
 
-class SignInLinks:
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
+class SignInLinks(Resource):
     def create(self) -> dict[str, Any]:
         """Create a link. `url` works once, until `expires_at`."""
         return self._transport.request("POST", "sign_in_links")

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
-from urllib.parse import quote
 
 from lorry import requests
 from lorry.errors import WaitTimeout
 from lorry.models import Sweep, Trial
-from lorry.resources import pages
-from lorry.resources.polling import poll_until
-from lorry.transport.http import Transport
+from lorry.resources.resource import Resource, given, new_key
 
 _PATH = "sweeps"
 
 
-class Sweeps:
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
+class Sweeps(Resource):
     def create(
         self,
         *,
@@ -42,46 +34,43 @@ class Sweeps:
         all trials share, as for `jobs.create`. Raises InvalidRequest, NotFound or Conflict if the service rejects the
         sweep; no trial was created then.
         """
-        fields: dict[str, Any] = {
-            "model": model,
-            "training_file": training_file,
-            "validation_file": validation_file,
-            "parameters": parameters,
-            "search": search,
-            "objective": objective,
-            "keep_adapters": keep_adapters,
-            "max_concurrent": max_concurrent,
-        }
-        body = {name: value for name, value in fields.items() if value is not None} | dict(job or {})
-        headers = {"idempotency-key": idempotency_key or str(uuid.uuid4())}
-        return Sweep.of(self._transport.request("POST", _PATH, body=body, headers=headers))
+        body = given(
+            model=model,
+            training_file=training_file,
+            validation_file=validation_file,
+            parameters=parameters,
+            search=search,
+            objective=objective,
+            keep_adapters=keep_adapters,
+            max_concurrent=max_concurrent,
+        )
+        return self._post(Sweep, _PATH, body=body | dict(job or {}), key=idempotency_key or new_key())
 
     def get(self, sweep_id: str) -> Sweep:
-        return Sweep.of(self._transport.get(_of(sweep_id)))
+        return self._get(Sweep, _PATH, sweep_id)
 
     def list(self, *, limit: int | None = None) -> Iterator[Sweep]:
         """Yield sweeps, newest first."""
-        return (Sweep.of(item) for item in itertools.islice(pages.follow(self._transport, _PATH), limit))
+        return self._list(Sweep, _PATH, limit=limit)
 
     def cancel(self, sweep_id: str) -> Sweep:
         """Cancel the sweep: it creates no more trials, and unfinished ones are cancelled. Adapters stay."""
-        return Sweep.of(self._transport.request("POST", _of(sweep_id, "cancel")))
+        return self._post(Sweep, _PATH, sweep_id, "cancel")
 
     def close(self, sweep_id: str) -> Sweep:
         """Close the sweep: no more trials are created. Existing ones continue, and then the best one is promoted."""
-        return Sweep.of(self._transport.request("POST", _of(sweep_id, "close")))
+        return self._post(Sweep, _PATH, sweep_id, "close")
 
     def trials(self, sweep_id: str, *, limit: int | None = None) -> Iterator[Trial]:
         """Yield the trials, the best first, those without a value last."""
-        found = pages.follow(self._transport, _of(sweep_id, "trials"))
-        return (Trial.of(item) for item in itertools.islice(found, limit))
+        return self._list(Trial, _PATH, sweep_id, "trials", limit=limit)
 
     def trial(self, sweep_id: str, number: int) -> Trial:
-        return Trial.of(self._transport.get(_of(sweep_id, "trials", str(number))))
+        return self._get(Trial, _PATH, sweep_id, "trials", str(number))
 
     def stop_trial(self, sweep_id: str, number: int) -> Trial:
         """Stop a trial early. It produces no adapter. Raises Conflict if it has already ended."""
-        return Trial.of(self._transport.request("POST", _of(sweep_id, "trials", str(number), "stop")))
+        return self._post(Trial, _PATH, sweep_id, "trials", str(number), "stop")
 
     def wait(
         self,
@@ -92,8 +81,7 @@ class Sweeps:
         poll_seconds: float = 2.0,
     ) -> Sweep:
         """Wait until all trials have finished and the best one is promoted."""
-        return poll_until(
-            self._transport,
+        return self._poll(
             lambda: self.get(sweep_id),
             lambda sweep: sweep.is_final,
             on_progress=on_progress,
@@ -106,7 +94,3 @@ class Sweeps:
                 f"`lorry sweeps cancel {sweep_id}`.",
             ),
         )
-
-
-def _of(sweep_id: str, *rest: str) -> str:
-    return "/".join((_PATH, quote(sweep_id, safe=""), *rest))

@@ -6,13 +6,10 @@ from collections.abc import Iterator, Sequence
 from typing import Literal
 
 from lorry.models import UsageBucket
-from lorry.transport.http import Transport
+from lorry.resources.resource import Resource
 
 
-class Usage:
-    def __init__(self, transport: Transport) -> None:
-        self._transport = transport
-
+class Usage(Resource):
     def list(
         self,
         *,

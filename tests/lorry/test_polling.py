@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lorry import Lorry, WaitTimeout
-from lorry.resources import polling
+from lorry.resources import resource
 from tests.lorry.scripted_server import Script
 
 Wait = Callable[..., Any]
@@ -45,7 +45,7 @@ def test_every_wait_raises_after_its_timeout_and_names_the_object(
     path, response, wait_of = UNFINISHED[kind]
     service.on("GET", f"/v1/{path}", response)
     clock = Clock()
-    monkeypatch.setattr(polling, "time", clock)
+    monkeypatch.setattr(resource, "time", clock)
 
     with Lorry(service.url, "lorry_key", sleep=clock.sleep) as lorry, pytest.raises(WaitTimeout) as expired:
         wait_of(lorry)("x", timeout_seconds=5, poll_seconds=2)

@@ -21,7 +21,7 @@ from lorry.cli.render import output
 from lorry.cli.render.efficiency import efficiency_pairs
 from lorry.cli.render.output import AsJson, Quiet, Yes, YesAccepted
 from lorry.cli.render.serving import print_adapter_usage
-from lorry.cli.render.tables import Column, table
+from lorry.cli.render.tables import Column, date, listing
 from lorry.errors import LorryError, NotFound
 
 if TYPE_CHECKING:
@@ -59,32 +59,18 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List adapters, newest first."""
-    adapters = list(client().adapters.list(limit=limit, shared=shared))
-    if output.is_printed(adapters, as_json=as_json, quiet=quiet, key="name"):
-        return None
-    rows = [
-        (
-            a.name,
-            a.base_model,
-            a.rank,
-            output.size(a.bytes),
-            a.evaluation.parent_loss if a.evaluation.base_loss is None else a.evaluation.base_loss,
-            a.evaluation.loss,
-            a.verification.passed,
-        )
-        for a in adapters
-    ]
     columns = (
-        Column(title="NAME"),
-        Column(title="BASE", priority=6, min_width=12),
-        Column(title="RANK", priority=5),
-        Column(title="SIZE", priority=4),
-        Column(title="LOSS BEFORE", priority=3),
-        Column(title="LOSS", priority=1),
-        Column(title="VERIFIED", priority=2),
+        Column("NAME", "name"),
+        Column("BASE", "base_model", priority=6, min_width=12),
+        Column("RANK", "rank", priority=5),
+        Column("SIZE", lambda one: output.size(one.bytes), priority=4),
+        Column("LOSS BEFORE", _loss_before, priority=3),
+        Column("LOSS", lambda one: one.evaluation.loss, priority=1),
+        Column("VERIFIED", lambda one: one.verification.passed, priority=2),
     )
-    none = "No adapters are shared with your project." if shared else NONE_YET
-    return table(columns, rows, empty=none)
+    found = client().adapters.list(limit=limit, shared=shared)
+    empty = "No adapters are shared with your project." if shared else NONE_YET
+    listing(found, columns, empty=empty, as_json=as_json, quiet=quiet, key="name")
 
 
 @app.verb("show", "lorry adapters show support", "lorry adapters show ftjob-3f2b --json")
@@ -254,12 +240,13 @@ def share(
 def shares(adapter: Name, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """List the projects that an adapter is shared with, newest first (operator key required)."""
     lorry = client()
-    given = list(lorry.adapters.permissions(lookup.adapter(lorry, adapter)))
-    if output.is_printed(given, as_json=as_json, quiet=quiet):
-        return None
-    rows = [(one.id, one.project_id, output.briefly(one.created_at)) for one in given]
-    columns = Column(title="PERMISSION"), Column(title="PROJECT"), Column(title="SINCE", priority=1)
-    return table(columns, rows, empty="Not shared with any project.")
+    given = lorry.adapters.permissions(lookup.adapter(lorry, adapter))
+    columns = (
+        Column("PERMISSION", "id"),
+        Column("PROJECT", "project_id"),
+        Column("SINCE", date("created_at"), priority=1),
+    )
+    listing(given, columns, empty="Not shared with any project.", as_json=as_json, quiet=quiet)
 
 
 @app.verb("unshare", "lorry adapters unshare support search", "lorry adapters unshare support cp-3f2b")
@@ -277,6 +264,11 @@ def unshare(
     permission = lookup.permission(lorry, name, project)
     lorry.adapters.unshare(name, permission)
     output.echo(f"{name} is no longer shared with {project}.")
+
+
+def _loss_before(adapter: Adapter) -> float | None:
+    measured = adapter.evaluation
+    return measured.parent_loss if measured.base_loss is None else measured.base_loss
 
 
 def _facts(adapter: Adapter) -> Iterator[tuple[str, object]]:

@@ -19,7 +19,7 @@ from lorry.cli.app import EXIT_REFUSED, client, group
 from lorry.cli.parsing.durations import duration
 from lorry.cli.render import output
 from lorry.cli.render.output import AsJson, Quiet
-from lorry.cli.render.tables import Column, table
+from lorry.cli.render.tables import Column, listing
 from lorry.errors import InvalidRequest
 
 if TYPE_CHECKING:
@@ -63,17 +63,15 @@ def list_(
     found = lorry.audit.list(types=kind or (), actor_ids=actors, project_ids=projects, since=started)
     with _suggesting_types(kind or []):
         events = list(islice(found, limit))
-    if output.is_printed(events, as_json=as_json, quiet=quiet):
-        return None
     columns = (
-        Column(title="WHEN"),
-        Column(title="WHAT"),
-        Column(title="ABOUT", min_width=16),
-        Column(title="BY", priority=1, min_width=12),
-        Column(title="FROM", priority=3),
-        Column(title="DETAILS", priority=2, min_width=16),
+        Column("WHEN", lambda event: output.briefly(int(event.effective_at))),
+        Column("WHAT", "type"),
+        Column("ABOUT", "object_id", min_width=16),
+        Column("BY", lambda event: event.actor.get("name") or event.actor.get("type"), priority=1, min_width=12),
+        Column("FROM", "address", priority=3),
+        Column("DETAILS", _details, priority=2, min_width=16),
     )
-    return table(columns, map(_row, events), empty="No matching events.")
+    listing(events, columns, empty="No matching events.", as_json=as_json, quiet=quiet)
 
 
 @app.verb("verify", "lorry audit verify", "lorry audit verify --json")
@@ -153,8 +151,6 @@ def _detail(name: str, value: object) -> str:
     return output.cell(value)
 
 
-def _row(event: AuditEvent) -> tuple[object, ...]:
-    by = event.actor.get("name") or event.actor.get("type")
+def _details(event: AuditEvent) -> str:
     details = " ".join(f"{name}={_detail(name, value)}" for name, value in event.details.items() if value is not None)
-    details = DIGEST.sub(r"\1…", details)
-    return output.briefly(int(event.effective_at)), event.type, event.object_id, by, event.address, details
+    return DIGEST.sub(r"\1…", details)

@@ -15,7 +15,7 @@ from lorry.cli.app import client, group
 from lorry.cli.parsing.durations import duration
 from lorry.cli.render import output
 from lorry.cli.render.output import AsJson, Quiet, Yes
-from lorry.cli.render.tables import Column, table
+from lorry.cli.render.tables import Column, date, listing
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -84,33 +84,18 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List uploaded files and the curves of jobs, newest first."""
-    files = list(client().files.list(limit=limit, purpose=purpose and purpose.value))
-    if output.is_printed(files, as_json=as_json, quiet=quiet):
-        return None
-    rows = [
-        (
-            f.id,
-            f.filename,
-            output.size(f.bytes),
-            f.kind,
-            f.purpose,
-            output.briefly(f.created_at),
-            output.briefly(f.expires_at),
-        )
-        for f in files
-    ]
     columns = (
-        Column(title="ID"),
-        Column(title="NAME", min_width=16),
-        Column(title="SIZE", priority=1),
-        Column(title="KIND", priority=2),
-        Column(title="PURPOSE", priority=4),
-        Column(title="CREATED", priority=3),
-        Column(title="EXPIRES", priority=5),
+        Column("ID", "id"),
+        Column("NAME", "filename", min_width=16),
+        Column("SIZE", lambda file: output.size(file.bytes), priority=1),
+        Column("KIND", "kind", priority=2),
+        Column("PURPOSE", "purpose", priority=4),
+        Column("CREATED", date("created_at"), priority=3),
+        Column("EXPIRES", date("expires_at"), priority=5, is_optional=True),
     )
-    if not any(file.expires_at for file in files):
-        columns, rows = columns[:-1], [row[:-1] for row in rows]
-    return table(columns, rows, empty="No files yet. Upload one with `lorry files upload PATH`.")
+    files = client().files.list(limit=limit, purpose=purpose and purpose.value)
+    empty = "No files yet. Upload one with `lorry files upload PATH`."
+    listing(files, columns, empty=empty, as_json=as_json, quiet=quiet)
 
 
 @app.verb("show", "lorry files show file-3f2b", "lorry files show file-3f2b --json")

@@ -33,18 +33,16 @@ def queue(
         return output.print_json(snapshot)
     if quiet:
         return output.print_ids(str(entry.get("job_id")) for entry in entries)
-    shown = ("job_id", "state", "base_model", "priority", "position", "trainer_id", "reason")
-    rows = [tuple(entry.get(name) for name in shown) for entry in entries]
     columns = (
-        Column(title="JOB"),
-        Column(title="STATE"),
-        Column(title="BASE", priority=2, min_width=12),
-        Column(title="PRIORITY", priority=3),
-        Column(title="POSITION", priority=1),
-        Column(title="TRAINER", priority=4),
-        Column(title="REASON", min_width=20),
+        Column("JOB", "job_id"),
+        Column("STATE", "state"),
+        Column("BASE", "base_model", priority=2, min_width=12),
+        Column("PRIORITY", "priority", priority=3),
+        Column("POSITION", "position", priority=1),
+        Column("TRAINER", "trainer_id", priority=4),
+        Column("REASON", "reason", min_width=20),
     )
-    return table(columns, rows, empty="No running or queued jobs.")
+    return table(columns, entries, empty="No running or queued jobs.")
 
 
 def status(as_json: AsJson = False) -> None:

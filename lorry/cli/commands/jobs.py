@@ -14,7 +14,7 @@ from lorry.cli.commands.submit import submit
 from lorry.cli.parsing.option_values import pair
 from lorry.cli.render import job_view, output, progress_bars
 from lorry.cli.render.output import AsJson, Quiet, Yes
-from lorry.cli.render.tables import Column, table
+from lorry.cli.render.tables import Column, date, listing, table
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -24,19 +24,17 @@ if TYPE_CHECKING:
 
 app = group("Submit, inspect and control fine-tuning jobs.")
 
-_SUFFIX = "SUFFIX"
 _COLUMNS = (
-    Column(title="ID"),
-    Column(title="STATUS"),
-    Column(title=_SUFFIX, priority=3, min_width=8),
-    Column(title="MODEL", priority=4, min_width=10),
-    Column(title="STEP"),
-    Column(title="LOSS", priority=2),
-    Column(title="VALID", priority=1),
-    Column(title="TOOK", priority=5),
-    Column(title="CREATED", priority=6),
+    Column("ID", "id"),
+    Column("STATUS", "status"),
+    Column("SUFFIX", "suffix", priority=3, min_width=8, is_optional=True),
+    Column("MODEL", "model", priority=4, min_width=10),
+    Column("STEP", job_view.steps),
+    Column("LOSS", lambda job: job.progress.loss, priority=2),
+    Column("VALID", progress_bars.validation_loss, priority=1),
+    Column("TOOK", lambda job: output.duration(job.seconds_running or None), priority=5),
+    Column("CREATED", date("created_at"), priority=6),
 )
-
 NO_CHECKPOINT = (
     "The job has no checkpoint yet. Jobs write one every 50 steps, or as set with `lorry jobs submit "
     "--checkpoint-every`."
@@ -75,31 +73,9 @@ def list_(
 ) -> None:
     """List jobs, newest first."""
     pairs = dict(pair(entry, "--metadata", "KEY=VALUE") for entry in metadata or [])
-    jobs = list(client().jobs.list(limit=limit, tags=tag or (), metadata=pairs))
-    if output.is_printed(jobs, as_json=as_json, quiet=quiet):
-        return
-    rows = [
-        (
-            j.id,
-            j.status,
-            j.suffix,
-            j.model,
-            job_view.steps(j),
-            j.progress.loss,
-            progress_bars.validation_loss(j),
-            output.duration(j.seconds_running or None),
-            output.briefly(j.created_at),
-        )
-        for j in jobs
-    ]
-    columns = _COLUMNS
-    if not any(job.suffix for job in jobs):
-        at = [column.title for column in columns].index(_SUFFIX)
-        columns = columns[:at] + columns[at + 1 :]
-        rows = [row[:at] + row[at + 1 :] for row in rows]
-    none = "No jobs yet. Submit one with `lorry jobs submit MODEL TRAIN`."
-    table(columns, rows, empty="No jobs match." if tag or pairs else none)
-    if any(job.status == "paused" for job in jobs):
+    jobs = client().jobs.list(limit=limit, tags=tag or (), metadata=pairs)
+    empty = "No jobs match." if tag or pairs else "No jobs yet. Submit one with `lorry jobs submit MODEL TRAIN`."
+    if any(job.status == "paused" for job in listing(jobs, _COLUMNS, empty=empty, as_json=as_json, quiet=quiet)):
         output.echo("Resume a paused job with: lorry jobs resume ID")
 
 
@@ -253,9 +229,8 @@ def metrics(
         return output.print_json(found)
     names = ("step", "loss", "token_accuracy", "learning_rate", "grad_norm", "num_tokens")
     shown = [name for name in names if any(point.get(name) is not None for point in found)]
-    columns = [Column(title=name.removeprefix("num_").replace("_", " ").upper()) for name in shown]
-    rows = [[point.get(name) for name in shown] for point in found]
-    return table(columns, rows, empty="No metrics for this job yet.")
+    columns = [Column(name.removeprefix("num_").replace("_", " ").upper(), name) for name in shown]
+    return table(columns, found, empty="No metrics for this job yet.")
 
 
 @app.verb("samples", "lorry jobs samples ftjob-3f2b", "lorry jobs samples ftjob-3f2b --json")
@@ -284,27 +259,15 @@ def samples(job_id: JobId, as_json: AsJson = False) -> None:
 def checkpoints(job_id: JobId, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """List a job's checkpoints, newest first. A kept checkpoint can be pulled and continued by its name."""
     lorry = client()
-    found = list(lorry.jobs.checkpoints(lookup.job(lorry, job_id)))
-    if output.is_printed(found, as_json=as_json, quiet=quiet):
-        return None
-    rows = [
-        (
-            c.fine_tuned_model_checkpoint,
-            c.step_number,
-            c.metrics.get("train_loss"),
-            c.available,
-            output.briefly(c.created_at),
-        )
-        for c in found
-    ]
     columns = (
-        Column(title="NAME"),
-        Column(title="STEP"),
-        Column(title="LOSS", priority=2),
-        Column(title="KEPT"),
-        Column(title="CREATED", priority=1),
+        Column("NAME", "fine_tuned_model_checkpoint"),
+        Column("STEP", "step_number"),
+        Column("LOSS", lambda checkpoint: checkpoint.metrics.get("train_loss"), priority=2),
+        Column("KEPT", "available"),
+        Column("CREATED", date("created_at"), priority=1),
     )
-    return table(columns, rows, empty=NO_CHECKPOINT)
+    found = lorry.jobs.checkpoints(lookup.job(lorry, job_id))
+    listing(found, columns, empty=NO_CHECKPOINT, as_json=as_json, quiet=quiet)
 
 
 @app.verb("cancel", "lorry jobs cancel ftjob-3f2b", "lorry jobs cancel ftjob-3f2b --yes")
@@ -316,32 +279,21 @@ def cancel(job_id: JobId, yes: Yes = False, as_json: AsJson = False) -> None:
     _print_result(lorry.jobs.cancel(job_id), as_json=as_json)
 
 
-@app.verb("pause", "lorry jobs pause ftjob-3f2b", "lorry jobs pause ftjob-3f2b --json")
-def pause(job_id: JobId, as_json: AsJson = False) -> None:
-    """Pause a job. `lorry jobs resume` continues it where it stopped."""
-    lorry = client()
-    _print_result(lorry.jobs.pause(lookup.job(lorry, job_id)), as_json=as_json)
+def _verb(name: str, help_text: str) -> None:
+    """Add a command that only sends the verb of the same name."""
+
+    def run(job_id: JobId, as_json: AsJson = False) -> None:
+        lorry = client()
+        _print_result(getattr(lorry.jobs, name)(lookup.job(lorry, job_id)), as_json=as_json)
+
+    run.__doc__ = help_text
+    app.verb(name, f"lorry jobs {name} ftjob-3f2b", f"lorry jobs {name} ftjob-3f2b --json")(run)
 
 
-@app.verb("resume", "lorry jobs resume ftjob-3f2b", "lorry jobs resume ftjob-3f2b --json")
-def resume(job_id: JobId, as_json: AsJson = False) -> None:
-    """Return a paused job to the queue."""
-    lorry = client()
-    _print_result(lorry.jobs.resume(lookup.job(lorry, job_id)), as_json=as_json)
-
-
-@app.verb("hold", "lorry jobs hold ftjob-3f2b", "lorry jobs hold ftjob-3f2b --json")
-def hold(job_id: JobId, as_json: AsJson = False) -> None:
-    """Hold a queued job: it keeps its position but won't start until released."""
-    lorry = client()
-    _print_result(lorry.jobs.hold(lookup.job(lorry, job_id)), as_json=as_json)
-
-
-@app.verb("release", "lorry jobs release ftjob-3f2b", "lorry jobs release ftjob-3f2b --json")
-def release(job_id: JobId, as_json: AsJson = False) -> None:
-    """Release a held job, so that it can start."""
-    lorry = client()
-    _print_result(lorry.jobs.release(lookup.job(lorry, job_id)), as_json=as_json)
+_verb("pause", "Pause a job. `lorry jobs resume` continues it where it stopped.")
+_verb("resume", "Return a paused job to the queue.")
+_verb("hold", "Hold a queued job: it keeps its position but won't start until released.")
+_verb("release", "Release a held job, so that it can start.")
 
 
 @app.verb("move", "lorry jobs move ftjob-3f2b --first", "lorry jobs move ftjob-3f2b --after ftjob-77aa")

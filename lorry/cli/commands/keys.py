@@ -13,7 +13,7 @@ from lorry.cli.parsing.durations import duration
 from lorry.cli.parsing.option_values import Priority
 from lorry.cli.render import output
 from lorry.cli.render.output import AsJson, Quiet, Yes
-from lorry.cli.render.tables import Column, table
+from lorry.cli.render.tables import Column, date, listing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -106,20 +106,19 @@ def list_(
     """List API keys (secrets are never shown)."""
     lorry = client()
     found = lorry.keys.list(project=project and lookup.project(lorry, project))
-    keys = [key for key in found if every or key.status == "active"]
-    if output.is_printed(keys, as_json=as_json, quiet=quiet):
-        return None
+    keys = (key for key in found if every or key.status == "active")
     columns = (
-        Column(title="ID"),
-        Column(title="NAME", min_width=8),
-        Column(title="SECRET", priority=4),
-        Column(title="STATUS", priority=1),
-        Column(title="SCOPES", priority=2, min_width=16),
-        Column(title="CREATED", priority=5),
-        Column(title="EXPIRES"),
-        Column(title="LAST USED", priority=3),
+        Column("ID", "id"),
+        Column("NAME", "name", min_width=8),
+        Column("SECRET", lambda key: f"…{key.redacted_value.rpartition('…')[2]}", priority=4),
+        Column("STATUS", "status", priority=1),
+        Column("SCOPES", _rights, priority=2, min_width=16),
+        Column("CREATED", date("created_at"), priority=5),
+        Column("EXPIRES", lambda key: output.briefly(key.expires_at) or "never"),
+        Column("LAST USED", lambda key: output.briefly(key.last_used_at) or "never", priority=3),
     )
-    return table(columns, map(_row, keys), empty="No active keys. Use --all to include revoked and expired keys.")
+    empty = "No active keys. Use --all to include revoked and expired keys."
+    listing(keys, columns, empty=empty, as_json=as_json, quiet=quiet)
 
 
 @app.verb("show", "lorry keys show key-3f2b", "lorry keys show key-3f2b --json")
@@ -279,14 +278,10 @@ def _facts(key: ApiKey) -> Iterator[tuple[str, object]]:
     yield "replaced by", key.replaced_by
 
 
-def _row(key: ApiKey) -> tuple[object, ...]:
+def _rights(key: ApiKey) -> str:
     every = SCOPES | OPERATOR_SCOPES if key.is_operator else SCOPES
     scopes = "all" if every.issubset(key.scopes) else " ".join(key.scopes)
-    may = f"operator: {scopes}" if key.is_operator else scopes
-    ends = f"…{key.redacted_value.rpartition('…')[2]}"
-    last = output.briefly(key.last_used_at) or "never"
-    expires = output.briefly(key.expires_at) or "never"
-    return key.id, key.name, ends, key.status, may, output.briefly(key.created_at), expires, last
+    return f"operator: {scopes}" if key.is_operator else scopes
 
 
 def _number(text: str | None) -> int | Literal["service"] | None:

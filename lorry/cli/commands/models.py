@@ -11,7 +11,7 @@ import typer
 from lorry.cli.app import client, group
 from lorry.cli.render import output
 from lorry.cli.render.output import AsJson, Quiet, Yes
-from lorry.cli.render.tables import Column, table
+from lorry.cli.render.tables import Column, date, listing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -83,25 +83,17 @@ def add(
 @app.verb("list", "lorry models list", "lorry models list -q", "lorry models list --json")
 def list_(quiet: Quiet = False, as_json: AsJson = False) -> None:
     """List base models and the adapters trained on them."""
-    models = list(client().models.list())
-    if output.is_printed(models, as_json=as_json, quiet=quiet):
-        return
-    rows = [
-        (m.id, m.kind, m.state, m.inference, m.base, output.short(m.digest), output.briefly(m.created)) for m in models
-    ]
-    table(
-        (
-            Column(title="NAME"),
-            Column(title="KIND", priority=1),
-            Column(title="STATE"),
-            Column(title="INFERENCE", priority=5),
-            Column(title="BASE", priority=3, min_width=12),
-            Column(title="DIGEST", priority=2),
-            Column(title="CREATED", priority=4),
-        ),
-        rows,
-        empty="No models yet. Add one with `lorry models add NAME SOURCE`.",
+    columns = (
+        Column("NAME", "id"),
+        Column("KIND", "kind", priority=1),
+        Column("STATE", "state"),
+        Column("INFERENCE", "inference", priority=5),
+        Column("BASE", "base", priority=3, min_width=12),
+        Column("DIGEST", lambda model: output.short(model.digest), priority=2),
+        Column("CREATED", date("created"), priority=4),
     )
+    empty = "No models yet. Add one with `lorry models add NAME SOURCE`."
+    models = listing(client().models.list(), columns, empty=empty, as_json=as_json, quiet=quiet)
     for model in models:
         if model.error:
             output.echo(f"{model.id} {model.state}: {output.brief(model.error.message)}")

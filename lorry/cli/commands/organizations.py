@@ -10,7 +10,7 @@ from lorry.cli import lookup
 from lorry.cli.app import client, group
 from lorry.cli.render import output
 from lorry.cli.render.output import AsJson, Quiet
-from lorry.cli.render.tables import Column, table
+from lorry.cli.render.tables import Column, date, listing
 
 app = group("Manage organizations.")
 OrganizationName = Annotated[
@@ -36,11 +36,8 @@ def create(
 @app.verb("list", "lorry organizations list", "lorry organizations list --json")
 def list_(quiet: Quiet = False, as_json: AsJson = False) -> None:
     """List your organization or, with an operator key, all organizations."""
-    found = list(client().organizations.list())
-    if output.is_printed(found, as_json=as_json, quiet=quiet):
-        return None
-    rows = [(one.name, one.id, output.briefly(one.created_at)) for one in found]
-    return table([Column(title=title) for title in ("NAME", "ID", "CREATED")], rows, empty="No organizations.")
+    columns = Column("NAME", "name"), Column("ID", "id"), Column("CREATED", date("created_at"))
+    listing(client().organizations.list(), columns, empty="No organizations.", as_json=as_json, quiet=quiet)
 
 
 @app.verb("show", "lorry organizations show research", "lorry organizations show org-3f2b --json")

@@ -12,7 +12,7 @@ from lorry.cli.app import EXIT_REFUSED, client, group, set_parameters
 from lorry.cli.commands.submit import read, submit
 from lorry.cli.render import output, plan_view
 from lorry.cli.render.output import AsJson, Quiet, Yes
-from lorry.cli.render.tables import Column, table
+from lorry.cli.render.tables import Column, date, listing
 
 if TYPE_CHECKING:
     from lorry.client import Lorry
@@ -53,31 +53,17 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List plans, newest first."""
-    plans = list(client().plans.list(limit=limit))
-    if output.is_printed(plans, as_json=as_json, quiet=quiet):
-        return None
     columns = (
-        Column(title="ID"),
-        Column(title="STATUS"),
-        Column(title="MODEL", priority=3, min_width=10),
-        Column(title="STEPS", priority=2),
-        Column(title="TIME", priority=1),
-        Column(title="CREATED", priority=5),
-        Column(title="EXPIRES", priority=4),
+        Column("ID", "id"),
+        Column("STATUS", "status"),
+        Column("MODEL", "model", priority=3, min_width=10),
+        Column("STEPS", "num_steps", priority=2),
+        Column("TIME", lambda plan: plan_view.likely(plan.training_time), priority=1),
+        Column("CREATED", date("created_at"), priority=5),
+        Column("EXPIRES", date("expires_at"), priority=4),
     )
-    rows = [
-        (
-            one.id,
-            one.status,
-            one.model,
-            one.num_steps,
-            plan_view.likely(one.training_time),
-            output.briefly(one.created_at),
-            output.briefly(one.expires_at),
-        )
-        for one in plans
-    ]
-    return table(columns, rows, empty="No plans yet. Create one with `lorry plans create MODEL TRAIN`.")
+    empty = "No plans yet. Create one with `lorry plans create MODEL TRAIN`."
+    listing(client().plans.list(limit=limit), columns, empty=empty, as_json=as_json, quiet=quiet)
 
 
 @app.verb("show", "lorry plans show plan-3f2b", "lorry plans show plan-3f2b --json")

@@ -15,7 +15,7 @@ from lorry.cli.parsing.option_values import Priority, json_or_text, nested, pair
 from lorry.cli.parsing.sweep_syntax import Metric, check_space, parameter, search_of
 from lorry.cli.render import output, sweep_leaderboard
 from lorry.cli.render.output import AsJson, Quiet, Yes
-from lorry.cli.render.tables import Column, table
+from lorry.cli.render.tables import Column, date, listing
 from lorry.errors import APIError
 
 if TYPE_CHECKING:
@@ -136,32 +136,17 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List sweeps, newest first."""
-    sweeps = list(client().sweeps.list(limit=limit))
-    if output.is_printed(sweeps, as_json=as_json, quiet=quiet):
-        return None
     columns = (
-        Column(title="ID"),
-        Column(title="STATUS"),
-        Column(title="SEARCH", priority=3),
-        Column(title="MODEL", priority=4, min_width=10),
-        Column(title="TRIALS"),
-        Column(title="BEST", priority=1),
-        Column(title="CREATED", priority=5),
+        Column("ID", "id"),
+        Column("STATUS", "status"),
+        Column("SEARCH", lambda sweep: sweep.search.get("type"), priority=3),
+        Column("MODEL", "model", priority=4, min_width=10),
+        Column("TRIALS", lambda sweep: f"{sweep_leaderboard.num_finished(sweep)}/{sweep.num_trials}"),
+        Column("BEST", lambda sweep: sweep.best_trial and sweep.best_trial.value, priority=1),
+        Column("CREATED", date("created_at"), priority=5),
     )
-    rows = [
-        (
-            sweep.id,
-            sweep.status,
-            sweep.search.get("type"),
-            sweep.model,
-            f"{sweep_leaderboard.num_finished(sweep)}/{sweep.num_trials}",
-            sweep.best_trial.value if sweep.best_trial else None,
-            output.briefly(sweep.created_at),
-        )
-        for sweep in sweeps
-    ]
     empty = "No sweeps yet. Run one with `lorry sweeps run MODEL TRAIN --valid FILE --over lora.rank=4,8,16`."
-    return table(columns, rows, empty=empty)
+    listing(client().sweeps.list(limit=limit), columns, empty=empty, as_json=as_json, quiet=quiet)
 
 
 @app.verb("show", "lorry sweeps show sweep-3f2b", "lorry sweeps show sweep-3f2b -n 10 --json")

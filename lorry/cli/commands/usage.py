@@ -37,6 +37,7 @@ GROUPS: dict[Grouping, tuple[Literal["organization_id", "project_id", "model"], 
 }
 
 
+COUNTS = ("created", "succeeded", "failed", "cancelled", "requests", "prompt_tokens", "completion_tokens")
 EXAMPLES = ("lorry usage", "lorry usage --since 30d --by model", "lorry usage --by organization --json")
 
 
@@ -70,29 +71,34 @@ def usage(
     owners = lorry.organizations.list() if is_by_organization else lorry.projects.list(archived=True)
     names = {one.id: one.name for one in owners}
     columns = (
-        Column(title="DAY"),
-        Column(title="ORGANIZATION" if is_by_organization else "PROJECT", min_width=8),
-        Column(title="MODEL", min_width=8),
-        Column(title="DEVICE-HOURS"),
-        Column(title="TRAINED TOKENS", priority=2),
-        Column(title="CREATED", priority=3),
-        Column(title="SUCCEEDED"),
-        Column(title="FAILED", priority=1),
-        Column(title="CANCELLED", priority=4),
-        Column(title="REQUESTS", priority=5),
-        Column(title="PROMPT TOKENS", priority=7),
-        Column(title="ANSWER TOKENS", priority=6),
-        Column(title="STORED"),
+        Column("DAY", "day"),
+        Column("ORGANIZATION" if is_by_organization else "PROJECT", "owner", min_width=8),
+        Column("MODEL", "model", min_width=8),
+        Column("DEVICE-HOURS", "device_hours"),
+        Column("TRAINED TOKENS", "trained_tokens", priority=2),
+        Column("CREATED", "created", priority=3),
+        Column("SUCCEEDED", "succeeded"),
+        Column("FAILED", "failed", priority=1),
+        Column("CANCELLED", "cancelled", priority=4),
+        Column("REQUESTS", "requests", priority=5),
+        Column("PROMPT TOKENS", "prompt_tokens", priority=7),
+        Column("ANSWER TOKENS", "completion_tokens", priority=6),
+        Column("STORED", "stored"),
     )
     rows = [_row(bucket, result, names) for bucket in found for result in bucket.results]
     return table(columns, rows, empty="No usage in this time.")
 
 
-def _row(bucket: UsageBucket, result: UsageResult, names: dict[str, str]) -> tuple[object, ...]:
-    day = f"{datetime.fromtimestamp(bucket.start_time, UTC):%Y-%m-%d}"
+def _row(bucket: UsageBucket, result: UsageResult, names: dict[str, str]) -> dict[str, object]:
     owner = result.organization_id or result.project_id
-    jobs = [result.num_jobs.get(name, 0) for name in ("created", "succeeded", "failed", "cancelled")]
-    answers = [result.completions.get(name, 0) for name in ("requests", "prompt_tokens", "completion_tokens")]
-    hours = f"{result.device_seconds / 3600:.2f}"
-    stored = None if result.stored_bytes is None else output.size(result.stored_bytes)
-    return day, names.get(owner or "", owner), result.model, hours, result.trained_tokens, *jobs, *answers, stored
+    return {
+        "day": f"{datetime.fromtimestamp(bucket.start_time, UTC):%Y-%m-%d}",
+        "owner": names.get(owner or "", owner),
+        "model": result.model,
+        "device_hours": f"{result.device_seconds / 3600:.2f}",
+        "trained_tokens": result.trained_tokens,
+        **dict.fromkeys(COUNTS, 0),
+        **result.num_jobs,
+        **result.completions,
+        "stored": None if result.stored_bytes is None else output.size(result.stored_bytes),
+    }

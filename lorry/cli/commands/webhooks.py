@@ -15,7 +15,7 @@ from lorry.cli.app import client, group
 from lorry.cli.parsing.durations import duration
 from lorry.cli.render import output
 from lorry.cli.render.output import AsJson, Quiet, Yes, YesAccepted
-from lorry.cli.render.tables import Column, table
+from lorry.cli.render.tables import Column, date, listing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -65,18 +65,16 @@ def create(
 @app.verb("list", "lorry webhooks list", "lorry webhooks list --json")
 def list_(quiet: Quiet = False, as_json: AsJson = False) -> None:
     """List the project's endpoints."""
-    found = list(client().webhooks.list())
-    if output.is_printed(found, as_json=as_json, quiet=quiet):
-        return None
     columns = (
-        Column(title="ID"),
-        Column(title="NAME", min_width=8),
-        Column(title="STATUS"),
-        Column(title="URL", min_width=16),
-        Column(title="EVENTS", priority=2, min_width=16),
-        Column(title="CREATED", priority=1),
+        Column("ID", "id"),
+        Column("NAME", "name", min_width=8),
+        Column("STATUS", _status),
+        Column("URL", "url", min_width=16),
+        Column("EVENTS", lambda one: " ".join(one.event_types), priority=2, min_width=16),
+        Column("CREATED", date("created_at"), priority=1),
     )
-    return table(columns, map(_row, found), empty="No webhooks yet. Create one with `lorry webhooks create URL`.")
+    empty = "No webhooks yet. Create one with `lorry webhooks create URL`."
+    listing(client().webhooks.list(), columns, empty=empty, as_json=as_json, quiet=quiet)
 
 
 @app.verb("show", "lorry webhooks show webhook-3f2b", "lorry webhooks show webhook-3f2b --json")
@@ -124,20 +122,18 @@ def deliveries(
     """List the deliveries to an endpoint with the responses, newest first."""
     lorry = client()
     sent = lorry.webhooks.deliveries(lookup.webhook(lorry, endpoint_id), status=status and status.value)
-    found = list(islice(sent, limit))
-    if output.is_printed(found, as_json=as_json, quiet=quiet):
-        return None
     columns = (
-        Column(title="ID"),
-        Column(title="STATUS"),
-        Column(title="EVENT", min_width=10),
-        Column(title="ABOUT", priority=1),
-        Column(title="ATTEMPTS"),
-        Column(title="LAST RESPONSE", min_width=8),
-        Column(title="NEXT ATTEMPT", priority=2),
-        Column(title="CREATED", priority=3),
+        Column("ID", "id"),
+        Column("STATUS", "status"),
+        Column("EVENT", lambda one: f"{one.event_type}{' (test)' if one.is_test else ''}", min_width=10),
+        Column("ABOUT", lambda one: one.data.get("id"), priority=1),
+        Column("ATTEMPTS", lambda one: len(one.tries)),
+        Column("LAST RESPONSE", _last_response, min_width=8),
+        Column("NEXT ATTEMPT", date("next_try_at"), priority=2),
+        Column("CREATED", date("created_at"), priority=3),
     )
-    return table(columns, map(_delivery_row, found), empty="No deliveries to this endpoint yet.")
+    empty = "No deliveries to this endpoint yet."
+    listing(islice(sent, limit), columns, empty=empty, as_json=as_json, quiet=quiet)
 
 
 @app.verb(
@@ -271,17 +267,9 @@ def _status(endpoint: WebhookEndpoint) -> str:
     return f"{endpoint.status}{reason}{failing}"
 
 
-def _row(endpoint: WebhookEndpoint) -> tuple[object, ...]:
-    events = " ".join(endpoint.event_types)
-    return endpoint.id, endpoint.name, _status(endpoint), endpoint.url, events, output.briefly(endpoint.created_at)
-
-
-def _delivery_row(delivery: WebhookDelivery) -> tuple[object, ...]:
+def _last_response(delivery: WebhookDelivery) -> object:
     last: dict[str, Any] = delivery.tries[-1] if delivery.tries else {}
-    answer = last.get("status_code") or last.get("error") or "-"
-    event = f"{delivery.event_type}{' (test)' if delivery.is_test else ''}"
-    times = output.briefly(delivery.next_try_at) or "-", output.briefly(delivery.created_at)
-    return delivery.id, delivery.status, event, delivery.data.get("id"), len(delivery.tries), answer, *times
+    return last.get("status_code") or last.get("error")
 
 
 def _quoted(reply: str) -> str:

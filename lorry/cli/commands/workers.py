@@ -10,7 +10,7 @@ from lorry.cli import lookup
 from lorry.cli.app import client, group
 from lorry.cli.render import output
 from lorry.cli.render.output import AsJson, Quiet
-from lorry.cli.render.tables import Column, table
+from lorry.cli.render.tables import Column, listing
 from lorry.errors import LorryError
 
 if TYPE_CHECKING:
@@ -25,36 +25,17 @@ WorkerId = Annotated[str, typer.Argument(metavar="WORKER", help="ID of the worke
 @app.verb("list", "lorry workers list", "lorry workers list -o json", "lorry workers list -q")
 def list_(quiet: Quiet = False, as_json: AsJson = False) -> None:
     """List workers with their state, devices and loaded base model."""
-    found = list(client().workers.list())
-    if output.is_printed(found, as_json=as_json, quiet=quiet):
-        return
-    rows = [
-        (
-            worker.id,
-            _state(worker),
-            worker.host,
-            ", ".join(map(_device, worker.devices)),
-            ", ".join(worker.resident_base_names) or worker.resident_base,
-            worker.trainer_id,
-            output.recent(worker.last_seen_at),
-        )
-        for worker in found
-    ]
     columns = (
-        Column(title="ID"),
-        Column(title="STATE"),
-        Column(title="HOST", priority=4),
-        Column(title="DEVICES", priority=2, min_width=12),
-        Column(title="BASE", priority=1, min_width=12),
-        Column(title="TRAINER", priority=5),
-        Column(title="LAST SEEN", priority=3),
+        Column("ID", "id"),
+        Column("STATE", _state),
+        Column("HOST", "host", priority=4),
+        Column("DEVICES", _devices, priority=2, min_width=12),
+        Column("BASE", _base, priority=1, min_width=12),
+        Column("TRAINER", "trainer_id", priority=5),
+        Column("LAST SEEN", lambda worker: output.recent(worker.last_seen_at), priority=3),
     )
-    table(
-        columns,
-        rows,
-        empty="No workers are registered. Start one with `lorry worker`, or a whole service with `lorry up`.",
-    )
-    for worker in found:
+    empty = "No workers are registered. Start one with `lorry worker`, or a whole service with `lorry up`."
+    for worker in listing(client().workers.list(), columns, empty=empty, as_json=as_json, quiet=quiet):
         if worker.cordon is not None and worker.state != "ended":
             output.echo(_cordon_sentence(worker.id, worker.cordon))
 
@@ -127,9 +108,9 @@ def _facts(worker: Worker) -> Iterator[tuple[str, object]]:
     yield "cordoned", worker.cordon and _cordon_sentence(worker.id, worker.cordon)
     yield "host", worker.host
     yield "version", worker.version
-    yield "devices", ", ".join(map(_device, worker.devices))
+    yield "devices", _devices(worker)
     yield "memory", output.size(worker.memory_bytes) if worker.memory_bytes else None
-    yield "base model", ", ".join(worker.resident_base_names) or worker.resident_base
+    yield "base model", _base(worker)
     yield "trainer", worker.trainer_id
     yield "last seen", output.when(worker.last_seen_at or None)
 
@@ -137,6 +118,14 @@ def _facts(worker: Worker) -> Iterator[tuple[str, object]]:
 def _state(worker: Worker) -> str:
     is_shown = worker.cordon is not None and worker.state not in ("draining", "ended")
     return f"{worker.state}, cordoned" if is_shown else worker.state
+
+
+def _devices(worker: Worker) -> str:
+    return ", ".join(map(_device, worker.devices))
+
+
+def _base(worker: Worker) -> str | None:
+    return ", ".join(worker.resident_base_names) or worker.resident_base
 
 
 def _device(device: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from textwrap import shorten
@@ -88,15 +88,6 @@ def print_json_line(value: Any) -> None:
     """Print one object per line, for output that continues over time."""
     sys.stdout.write(json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n")
     sys.stdout.flush()
-
-
-def is_printed(found: Sequence[Any], *, as_json: bool, quiet: bool, key: str = "id") -> bool:
-    """Print a list as JSON or as ids, if that was requested. Returns whether it was."""
-    if as_json:
-        print_json([one.raw for one in found])
-    elif quiet:
-        print_ids(getattr(one, key) for one in found)
-    return as_json or quiet
 
 
 def print_ids(ids: Iterable[str]) -> None:

@@ -43,33 +43,24 @@ def facts(sweep: Sweep) -> Iterator[tuple[str, object]]:
 
 def print_board(sweep: Sweep, trials: Sequence[Trial]) -> None:
     """Print the trials, best first."""
-    table(*_board(sweep, trials), empty="No trials yet.")
+    table(_board(sweep, trials), trials, empty="No trials yet.")
 
 
-def _board(sweep: Sweep, trials: Sequence[Trial]) -> tuple[list[Column], list[tuple[Any, ...]]]:
+def _board(sweep: Sweep, trials: Sequence[Trial]) -> list[Column]:
     paths = list(dict.fromkeys(path for trial in trials for path in trial.parameters))
-    columns = [
-        Column(title="TRIAL"),
-        *(Column(title=path, min_width=10) for path in _short(paths)),
-        Column(title=str(sweep.objective.get("metric") or "value").upper()),
-        Column(title="STEP", priority=3),
-        Column(title="STATUS"),
-        Column(title="RUNG", priority=4),
-        Column(title="JOB", priority=2),
+    return [
+        Column("TRIAL", "number"),
+        *(Column(title, _parameter(path), min_width=10) for title, path in zip(_short(paths), paths, strict=True)),
+        Column(str(sweep.objective.get("metric") or "value").upper(), "value"),
+        Column("STEP", _steps, priority=3),
+        Column("STATUS", _status),
+        Column("RUNG", "rung", priority=4),
+        Column("JOB", "id", priority=2),
     ]
-    rows = [
-        (
-            trial.number,
-            *(trial.parameters.get(path) for path in paths),
-            trial.value,
-            _steps(trial),
-            _status(trial),
-            trial.rung,
-            trial.id,
-        )
-        for trial in trials
-    ]
-    return columns, rows
+
+
+def _parameter(path: str) -> Callable[[Trial], object]:
+    return lambda trial: trial.parameters.get(path)
 
 
 def watch_until_final(lorry: Lorry, sweep_id: str, *, as_json: bool) -> None:
@@ -120,13 +111,14 @@ def _drawn(lorry: Lorry, sweep_id: str) -> Sweep:
     with Live(console=output.messages(), refresh_per_second=4, transient=True) as live:
 
         def draw(sweep: Sweep) -> None:
-            columns, rows = _board(sweep, list(lorry.sweeps.trials(sweep_id, limit=max(3, live.console.height - 6))))
+            trials = list(lorry.sweeps.trials(sweep_id, limit=max(3, live.console.height - 6)))
+            columns = _board(sweep, trials)[:-2]
             title = Text(f"{sweep.id}  {_trials(sweep)}")
             drawn = Table(box=None, pad_edge=False, title=title, title_justify="left")
-            for column in columns[:-2]:
+            for column in columns:
                 drawn.add_column(Text(column.title), no_wrap=True, overflow="ellipsis")
-            for row in rows:
-                drawn.add_row(*(Text(output.clean(output.cell(value))) for value in row[:-2]))
+            for trial in trials:
+                drawn.add_row(*(Text(output.clean(output.cell(column.of(trial)))) for column in columns))
             live.update(drawn)
 
         return lorry.sweeps.wait(sweep_id, on_progress=draw, poll_seconds=POLL_SECONDS)

@@ -1,33 +1,70 @@
-"""Tables: one line per row at any width. In a narrow terminal, columns shrink first, then the least important drop."""
+"""Lists of objects as JSON, ids or a table: one line per row at any width.
+
+In a narrow terminal, columns shrink first, then the least important drop.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, TypeVar
 
 from lorry.cli.render import output
 
 _GAP = "  "
+Row = TypeVar("Row")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Column:
     """A column of a table. The first column is never cut or dropped."""
 
     title: str
+    value: str | Callable[[Any], object]
+    """The name of the field with the value, or a function of the row's object."""
+    _: KW_ONLY
     priority: int = 0
     """In a narrow terminal, the column with the highest number is dropped first; 0 is never dropped."""
     min_width: int | None = None
     """In cells. The column may be cut to this width, with an ellipsis. None: never cut."""
+    is_optional: bool = False
+    """Whether the column is only shown if a row has a value."""
+
+    def of(self, row: object) -> object:
+        if callable(self.value):
+            return self.value(row)
+        return row.get(self.value) if isinstance(row, Mapping) else getattr(row, self.value)  # pyright: ignore
 
 
-def table(columns: Sequence[Column], rows: Iterable[Sequence[object]], *, empty: str) -> None:
+def date(name: str) -> Callable[[Any], str | None]:
+    """Return the value of a column with a short date, from the field with the Unix time."""
+    return lambda row: output.briefly(getattr(row, name))
+
+
+def listing(
+    found: Iterable[Row], columns: Sequence[Column], *, empty: str, as_json: bool, quiet: bool = False, key: str = "id"
+) -> list[Row]:
+    """Print objects of the API as JSON, as ids, or as a table. Returns the objects of the table, else nothing."""
+    rows: list[Any] = list(found)
+    if as_json:
+        output.print_json([row.raw for row in rows])
+    elif quiet:
+        output.print_ids(getattr(row, key) for row in rows)
+    else:
+        table(columns, rows, empty=empty)
+        return rows
+    return []
+
+
+def table(columns: Sequence[Column], rows: Iterable[object], *, empty: str) -> None:
     """Print a plain table, or the sentence `empty` on stderr if there is no row."""
     from rich.text import Text
 
-    cells = [[" ".join(output.clean(output.cell(value)).split()) for value in row] for row in rows]
-    if not cells:
+    rows = list(rows)
+    if not rows:
         return output.echo(empty)
+    columns = [column for column in columns if not column.is_optional or any(column.of(row) for row in rows)]
+    cells = [[" ".join(output.clean(output.cell(column.of(row))).split()) for column in columns] for row in rows]
     out = output.console()
     widths = _widths(columns, cells, out.width)
     out.print(Text(_line([column.title for column in columns], widths), style="bold"), soft_wrap=True)

@@ -13,7 +13,7 @@ from lorry.cli.app import client, group
 from lorry.cli.commands.files import upload_with_bar
 from lorry.cli.render import output
 from lorry.cli.render.output import AsJson, Quiet, Yes
-from lorry.cli.render.tables import Column, table
+from lorry.cli.render.tables import Column, date, listing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -68,18 +68,15 @@ def list_(
     as_json: AsJson = False,
 ) -> None:
     """List batches, newest first."""
-    batches = list(client().batches.list(limit=limit))
-    if output.is_printed(batches, as_json=as_json, quiet=quiet):
-        return None
     columns = (
-        Column(title="ID"),
-        Column(title="STATUS"),
-        Column(title="REQUESTS", priority=1),
-        Column(title="ENDPOINT", priority=3),
-        Column(title="CREATED", priority=2),
+        Column("ID", "id"),
+        Column("STATUS", "status"),
+        Column("REQUESTS", _progress, priority=1),
+        Column("ENDPOINT", "endpoint", priority=3),
+        Column("CREATED", date("created_at"), priority=2),
     )
-    rows = [(one.id, one.status, _progress(one), one.endpoint, output.briefly(one.created_at)) for one in batches]
-    return table(columns, rows, empty="No batches yet. Create one with `lorry batches create FILE`.")
+    empty = "No batches yet. Create one with `lorry batches create FILE`."
+    listing(client().batches.list(limit=limit), columns, empty=empty, as_json=as_json, quiet=quiet)
 
 
 @app.verb("show", "lorry batches show batch-3f2b", "lorry batches show batch-3f2b --json")

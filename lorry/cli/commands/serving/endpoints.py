@@ -11,7 +11,7 @@ import typer
 from lorry.cli.app import client, group
 from lorry.cli.render import output
 from lorry.cli.render.output import AsJson, Quiet, Yes
-from lorry.cli.render.tables import Column, table
+from lorry.cli.render.tables import Column, date, listing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -53,24 +53,17 @@ def add(
 @app.verb("list", "lorry serving list", "lorry serving list --json")
 def list_(quiet: Quiet = False, as_json: AsJson = False) -> None:
     """List the serving endpoints."""
-    found = list(client().serving.list())
-    if output.is_printed(found, as_json=as_json, quiet=quiet):
-        return None
     columns = (
-        Column(title="NAME"),
-        Column(title="STATE"),
-        Column(title="BASE"),
-        Column(title="ERROR", min_width=16),
-        Column(title="MAX RANK", priority=2),
-        Column(title="URL", priority=1, min_width=16),
-        Column(title="CHECKED", priority=3),
+        Column("NAME", "name"),
+        Column("STATE", "state"),
+        Column("BASE", "base_model"),
+        Column("ERROR", "last_error", min_width=16),
+        Column("MAX RANK", "max_rank", priority=2),
+        Column("URL", "url", priority=1, min_width=16),
+        Column("CHECKED", date("checked_at"), priority=3),
     )
-    rows = [
-        (one.name, one.state, one.base_model, one.last_error, one.max_rank, one.url, output.briefly(one.checked_at))
-        for one in found
-    ]
-    none = "No serving endpoints yet. An operator registers one with `lorry serving add`."
-    return table(columns, rows, empty=none)
+    empty = "No serving endpoints yet. An operator registers one with `lorry serving add`."
+    listing(client().serving.list(), columns, empty=empty, as_json=as_json, quiet=quiet)
 
 
 @app.verb("show", "lorry serving show vllm-1", "lorry serving show vllm-1 --json")
@@ -83,17 +76,14 @@ def show(endpoint: Endpoint, as_json: AsJson = False) -> None:
 @app.verb("deployments", "lorry serving deployments vllm-1", "lorry serving deployments vllm-1 --json")
 def deployments(endpoint: Endpoint, quiet: Quiet = False, as_json: AsJson = False) -> None:
     """List the adapters of all projects on an endpoint (operator key required)."""
-    found = list(client().serving.deployments(endpoint))
-    if output.is_printed(found, as_json=as_json, quiet=quiet):
-        return None
     columns = (
-        Column(title="ADAPTER"),
-        Column(title="STATE"),
-        Column(title="ERROR", min_width=16),
-        Column(title="SINCE", priority=1),
+        Column("ADAPTER", "adapter"),
+        Column("STATE", "state"),
+        Column("ERROR", "last_error", min_width=16),
+        Column("SINCE", date("updated_at"), priority=1),
     )
-    rows = [(one.adapter, one.state, one.last_error, output.briefly(one.updated_at)) for one in found]
-    return table(columns, rows, empty="No adapter is deployed on this endpoint.")
+    empty = "No adapter is deployed on this endpoint."
+    listing(client().serving.deployments(endpoint), columns, empty=empty, as_json=as_json, quiet=quiet)
 
 
 @app.verb("remove", "lorry serving remove vllm-1", "lorry serving remove vllm-1 --yes")

@@ -17,7 +17,7 @@ from lorry.cli.commands.files import byte_bar
 from lorry.cli.render import output
 from lorry.cli.render.output import AsJson, Quiet, Yes
 from lorry.cli.render.serving import print_export_usage
-from lorry.cli.render.tables import Column, table
+from lorry.cli.render.tables import Column, date, listing
 
 if TYPE_CHECKING:
     from lorry.client import Lorry
@@ -150,34 +150,18 @@ def exports(adapter: Name, quiet: Quiet = False, as_json: AsJson = False) -> Non
     """List the exports of an adapter, newest first."""
     lorry = client()
     name = lookup.adapter(lorry, adapter)
-    found = list(lorry.adapters.exports.list(name))
-    if output.is_printed(found, as_json=as_json, quiet=quiet):
-        return
-    rows = [
-        (
-            one.id,
-            one.format,
-            one.quantization,
-            one.status,
-            output.size(one.bytes) if one.bytes else None,
-            one.verification.max_abs_diff,
-            one.hub_repository,
-            output.briefly(one.created_at),
-        )
-        for one in found
-    ]
     columns = (
-        Column(title="EXPORT"),
-        Column(title="FORMAT"),
-        Column(title="QUANTIZATION", priority=3),
-        Column(title="STATUS"),
-        Column(title="SIZE", priority=1),
-        Column(title="LOGIT DIFFERENCE", priority=2),
-        Column(title="HUB", priority=4),
-        Column(title="CREATED", priority=5),
+        Column("EXPORT", "id"),
+        Column("FORMAT", "format"),
+        Column("QUANTIZATION", "quantization", priority=3),
+        Column("STATUS", "status"),
+        Column("SIZE", lambda one: output.size(one.bytes) if one.bytes else None, priority=1),
+        Column("LOGIT DIFFERENCE", lambda one: one.verification.max_abs_diff, priority=2),
+        Column("HUB", "hub_repository", priority=4),
+        Column("CREATED", date("created_at"), priority=5),
     )
-    table(columns, rows, empty=f"No exports yet. Create one with `lorry adapters export {name} --format gguf`.")
-    for one in found:
+    empty = f"No exports yet. Create one with `lorry adapters export {name} --format gguf`."
+    for one in listing(lorry.adapters.exports.list(name), columns, empty=empty, as_json=as_json, quiet=quiet):
         if one.error is not None:
             output.echo(f"{one.id} {one.status}: {one.error.message} {one.error.remedy}")
 
