@@ -12,11 +12,12 @@ from lorry.cli.commands.with_files import send_with_files
 from lorry.cli.parsing.job_options import NUMBERS, given_fields, option, with_job_options
 from lorry.cli.parsing.option_names import use_option_names
 from lorry.cli.parsing.option_values import Priority, json_or_text, nested, pair
-from lorry.cli.parsing.sweep_syntax import Metric, check_space, parameter, search_of
+from lorry.cli.parsing.sweep_syntax import check_space, parameter, search_of
 from lorry.cli.render import output, sweep_leaderboard
 from lorry.cli.render.output import AsJson, Quiet, Yes
 from lorry.cli.render.tables import Column, date, listing
 from lorry.errors import APIError
+from lorry.requests import Metric
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -16,17 +15,6 @@ if TYPE_CHECKING:
 OTHER_NAMES = {"lr": "learning_rate"}
 """Short names of options, and the names that FIELDS has."""
 FORM = "FIELD=A,B,C or FIELD=LOW..HIGH[:log][:POINTS]"
-
-
-class Metric(StrEnum):
-    """Metrics by which trials are compared."""
-
-    valid_loss = "valid_loss"
-    valid_mean_token_accuracy = "valid_mean_token_accuracy"  # noqa: S105
-    valid_reward_accuracy = "valid_reward_accuracy"
-    valid_reward_margin = "valid_reward_margin"
-    train_loss = "train_loss"
-    train_mean_token_accuracy = "train_mean_token_accuracy"  # noqa: S105
 
 
 def parameter(given: str) -> tuple[str, dict[str, Any]]:
