@@ -15,12 +15,12 @@ from api.deps import Services
 from api.errors import handlers
 from api.inference import batch_routes
 from api.inference.batch_loop import BatchRunner
-from api.inference.replies import Replies
+from api.inference.exchange import Engines
+from api.inference.vllm_client import VllmClient
 from api.middleware.http import HostPolicy, host_policy
 from api.middleware.request_gate import Gate
 from api.openapi import Api
 from api.rate_limits.limits import Limits
-from api.rate_limits.project_slots import ProjectSlots
 from api.rate_limits.threads import ROUTE_THREADS, KeyChecks, SlowWork
 from api.requests.query_parameters import refuse_unknown_query
 from api.requests.strict_json import refuse_loose_json
@@ -50,7 +50,6 @@ from api.routes.serving import deployments, exports
 from api.routes.serving import endpoints as serving_endpoints
 from api.serving.keeper import EndpointKeepers, KeeperTools
 from api.serving.reference_answers import ReferenceAnswers
-from api.serving.vllm_client import CONNECTIONS_OF_PROJECT, MAX_CONNECTIONS, VllmClient
 from api.settings import ApiSettings
 from api.streaming.hub import Feed
 from api.streaming.job_stream import JobSource
@@ -175,8 +174,12 @@ def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
     telemetry.count_long_writes(lambda: db.num_long_writes)
     sender = WebhookSender(api_settings.webhook_rules())
     store, notifier = open_store(settings), open_notifier(settings)
-    replies = Replies(db, settings, address=api_settings.reply_address)
-    references = ReferenceAnswers(db, replies, notifier)
+    engines = Engines(db, pepper=pepper, notifier=notifier, client=VllmClient())
+    references = ReferenceAnswers(db, engines)
+    # with its own client: requests of clients must not delay the checks
+    keepers = EndpointKeepers(
+        KeeperTools(db=db, store=store, client=VllmClient(), references=references, pepper=pepper)
+    )
     return Services(
         settings=settings,
         api_settings=api_settings,
@@ -195,14 +198,9 @@ def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
         telemetry=telemetry,
         webhooks=sender,
         deliverer=WebhookDeliverer(db, sender, pepper=pepper, telemetry=telemetry),
-        replies=replies,
-        batches=BatchRunner(db, store, settings, replies=replies, notifier=notifier),
-        vllm=VllmClient(),
-        endpoint_slots=ProjectSlots(MAX_CONNECTIONS, per_project=CONNECTIONS_OF_PROJECT),
-        keepers=EndpointKeepers(
-            # with its own client: requests of clients must not delay the checks
-            KeeperTools(db=db, store=store, client=VllmClient(), references=references, pepper=pepper)
-        ),
+        batches=BatchRunner(db, store, settings, engines),
+        engines=engines,
+        keepers=keepers,
     )
 
 
@@ -215,7 +213,6 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
     services: Services = app.state.services
     current_default_thread_limiter().total_tokens = ROUTE_THREADS
     file_upload.remove_stale(services.settings.data_dir / "spool")
-    await services.replies.start()
     try:
         async with background_work(services):
             try:
@@ -223,8 +220,7 @@ async def _lifespan(app: FastAPI) -> AsyncGenerator[None]:
             finally:
                 services.feed.close()
                 services.slow_work.close()
-                await services.replies.stop()
     finally:
-        await services.vllm.close()
+        await services.engines.close()
         services.notifier.close()
         services.db.close()

@@ -20,11 +20,9 @@ from catalog.storage.store import ArtifactStore
 
 if TYPE_CHECKING:
     from api.inference.batch_loop import BatchRunner
-    from api.inference.replies import Replies
+    from api.inference.exchange import Engines
     from api.rate_limits.limits import Limits
-    from api.rate_limits.project_slots import ProjectSlots
     from api.serving.keeper import EndpointKeepers
-    from api.serving.vllm_client import VllmClient
     from api.streaming.hub import Feed
     from api.streaming.job_stream import JobSource
     from api.streaming.queue_stream import QueueSource
@@ -53,11 +51,8 @@ class Services:
     telemetry: Telemetry
     webhooks: WebhookSender
     deliverer: WebhookDeliverer
-    replies: Replies
     batches: BatchRunner
-    vllm: VllmClient
-    endpoint_slots: ProjectSlots
-    """Slots for answers of serving endpoints, which `vllm` reads."""
+    engines: Engines
     keepers: EndpointKeepers
 
 

@@ -45,12 +45,6 @@ class ApiSettings(EnvironmentSettings):
     stream_heartbeat_seconds: float = Field(
         default=15, gt=0, description="Interval of the comments on an idle stream, in seconds."
     )
-    reply_address: str = Field(
-        default="",
-        pattern=r"^([\w.-]*:\d{1,5})?$",
-        description="HOST:PORT, or :PORT, at which workers send answers to inference requests. Default: the address "
-        "from which this server reaches the database, and any free port.",
-    )
     shutdown_seconds: int = Field(
         default=10, ge=1, description="Time that running requests have to finish at shutdown, in seconds."
     )

@@ -105,6 +105,12 @@ class Settings(EnvironmentSettings):
     cpu_processes: int = Field(
         default=1, ge=1, le=64, description="Processes of a trainer on a CPU. Set more to try multi-GPU behavior."
     )
+    inference_address: str = Field(
+        default="",
+        pattern=r"^([\w.-]*:\d{1,5})?$",
+        description="HOST:PORT, or :PORT, at which API servers reach this worker for inference. Further workers on the "
+        "machine use the next ports. Default: the address from which it reaches the database, and any free port.",
+    )
     strategy: Literal["auto", "replicated", "fsdp2", "zero3", "fsdp2_offload", "zero3_offload"] = Field(
         default="auto",
         description="Placement of the base model on several devices: replicated, sharded or CPU-offloaded.",

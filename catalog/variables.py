@@ -21,7 +21,6 @@ OF_API_SERVER = frozenset(
         "WEBHOOK_ALLOW_HTTP",
         "STREAM_POLL_SECONDS",
         "STREAM_HEARTBEAT_SECONDS",
-        "REPLY_ADDRESS",
         "SHUTDOWN_SECONDS",
     }
 )

@@ -32,7 +32,6 @@ from catalog.storage import files
 from catalog.storage.store import open_store
 from catalog.tables.fleet import Trainer, Worker
 from catalog.tables.history import Checkpoint, JobEvent
-from catalog.tables.inference import InferenceRequest
 from catalog.tables.jobs import Job
 from catalog.tables.storage import Adapter, Artifact
 from catalog.tenancy import authentication, projects
@@ -154,11 +153,6 @@ class WorkerSite:
 
     def adapter(self, job_id: str) -> Adapter:
         return next(adapter for adapter in self.adapters() if adapter.job_id == job_id)
-
-    def num_open_requests(self) -> int:
-        """Return the number of inference requests that are not answered yet."""
-        with self.db.read() as session:
-            return session.query(InferenceRequest).count()
 
     def weights_digest(self, job_id: str) -> str:
         """The sha256 of the job's adapter_model.safetensors."""

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 from catalog.clock import boot_seconds
-from catalog.errors import LorryError
+from catalog.inference import engines
 from catalog.queue import claiming
 from catalog.queue.claiming import Claim
 from catalog.scheduling.snapshot import Capacity
@@ -14,8 +14,8 @@ from catalog.tables.jobs import Job
 from catalog.tables.table import new_id
 from worker.context.context import WorkerContext
 from worker.gang.gang import WorkerGang
+from worker.session.base_load import BaseLoad
 from worker.session.capacity import bases_to_load, capacity_report, free_capacity
-from worker.session.inference import InferenceSession
 from worker.session.sharding import BaseToLoad
 from worker.session.trainer_session import TrainerSession
 from worker.session.watchdog import cordon_silent
@@ -32,40 +32,34 @@ BATCH_SECONDS = 600.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """The work of one trainer: claimed jobs, or a base model that claimed inference requests wait for."""
+    """The work of one trainer: claimed jobs, or a base model that inference requests wait for."""
 
     first: Job | BaseToLoad
     jobs: list[Claim]
-    inference: InferenceSession
+    load: BaseLoad | None = None
+    """The task to load that base model. None for jobs."""
+
+    def give_back(self) -> None:
+        """Release the task to load a base model, if there is one."""
+        if self.load is not None:
+            self.load.give_back()
 
 
 def find_work(context: WorkerContext, gang: WorkerGang) -> Work | None:
-    """Claim jobs that a new trainer can train together, or else requests for a base model that it can load."""
+    """Claim jobs that a new trainer can train together, or else the load of a base model that requests wait for."""
     capacity = free_capacity(context)
     context.heartbeat.status["report"] |= {"capacity": capacity_report(capacity)}
     if claimed := _claim(context, gang, new_id("trainer"), capacity=capacity):
-        return _work_of(context, claimed)
+        return Work(first=claimed[0].job, jobs=claimed)
     reserved = (_reserved(context, base) for base in bases_to_load(context, capacity))
     return next((work for work in reserved if work is not None), None)
 
 
-def _work_of(context: WorkerContext, claimed: list[Claim]) -> Work:
-    first = claimed[0].job
-    return Work(first=first, jobs=claimed, inference=InferenceSession(context, first.pack_key))
-
-
 def _reserved(context: WorkerContext, base: BaseToLoad) -> Work | None:
-    """Claim a request for the base model. Returns None if another worker was faster."""
-    inference = InferenceSession(context, base.pack_key)
-    try:
-        is_reserved = inference.reserve()
-    except LorryError:
-        inference.release_all()
-        raise
-    if is_reserved:
-        return Work(first=base, jobs=[], inference=inference)
-    inference.release_all()
-    return None
+    """Claim the load of a base model. Returns None if another worker was faster."""
+    lease_seconds = context.settings.lease_seconds
+    claimed = engines.reserve(context.db, base.pack_key, worker_id=context.worker_id, lease_seconds=lease_seconds)
+    return None if claimed is None else Work(first=base, jobs=[], load=BaseLoad(context, claimed))
 
 
 def next_work(context: WorkerContext, gang: WorkerGang, session: TrainerSession) -> Work | None:
@@ -86,7 +80,7 @@ def _claim_more(context: WorkerContext, gang: WorkerGang, session: TrainerSessio
     else:
         claimed = _claim(context, gang, new_id("trainer"), capacity=capacity)
         if claimed and not session.is_for(claimed[0].job):
-            return _work_of(context, claimed)
+            return Work(first=claimed[0].job, jobs=claimed)
     for claim in claimed:
         session.admit(claim)
     return None
@@ -118,7 +112,7 @@ def _claim(
 def _yield_to(context: WorkerContext, session: TrainerSession) -> Work | None:
     """Reserve another base model that requests wait for, if a trainer without jobs is to be unloaded for it now.
 
-    Free workers load that base model first. A trainer that has requests stays for SWITCH_SECONDS. Then it claims no
+    Free workers load that base model first. A trainer that has requests stays for SWITCH_SECONDS. Then it gets no
     more, and is unloaded when it has answered those of clients. Batches of another base model wait until the trainer
     has had no request for SWITCH_SECONDS, or, if its clients are gone, until BATCH_SECONDS after it was loaded.
     """

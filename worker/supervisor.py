@@ -1,10 +1,9 @@
 """Start reading here: `supervise` is the main loop of a worker. For one trainer after another, it does four things:
 
 1. Find its work (next_work.py), unless a trainer of another node needs this one (`gang.participate`): claim jobs that
-   can train together or, without jobs, reserve a base model that inference requests wait for.
+   can train together or, without jobs, claim the load of a base model that inference requests wait for.
 2. Launch a trainer for them (`_train`), together with the other nodes of the gang if there are any.
-3. Attend to it (`_attend`): record its events, apply what users ask for, admit more jobs, pass on answers to inference
-   requests, kill it if it hangs.
+3. Attend to it (`_attend`): record its events, apply what users ask for, admit more jobs, kill it if it hangs.
 4. Conclude (`_conclude`): record how the attempts end that it left unfinished.
 """
 
@@ -37,9 +36,9 @@ from worker.next_work import Work, find_work, next_work
 from worker.node import scratch_dirs
 from worker.process.launcher import TrainerProcess, launch
 from worker.protocol.mailbox import Json, TrainerDirectory
+from worker.session.base_load import BaseLoad
 from worker.session.capacity import announced
 from worker.session.failures import TrainerEnd, job_failure, launch_failure, load_error
-from worker.session.inference import InferenceSession
 from worker.session.job_logs import cleaned
 from worker.session.session_job import STOPPED, End, requested_verb
 from worker.session.sharding import BaseToLoad, strategy_for
@@ -101,7 +100,7 @@ def _work(context: WorkerContext, gang: WorkerGang, tasks: TaskRunner) -> None:
             _release(context, work.jobs, TrainerEnd.NOT_LAUNCHED.value)
     finally:
         if work is not None:
-            work.inference.give_back()
+            work.give_back()
 
 
 def _wait_for_work(context: WorkerContext, tasks: TaskRunner) -> bool:
@@ -118,16 +117,14 @@ def _wait_for_work(context: WorkerContext, tasks: TaskRunner) -> bool:
 
 def _train(context: WorkerContext, gang: WorkerGang, tasks: TaskRunner, work: Work) -> Work | None:
     """Run one trainer from launch to exit. Returns the work that it was unloaded for, if any."""
-    first, inference, waiting = work.first, work.inference, list(work.jobs)
+    first, waiting = work.first, list(work.jobs)
 
     def is_unwanted() -> bool:
         return _are_all_stopped(context, waiting) and isinstance(first, Job)
 
     with logs.about({"trainer": first.trainer_id}), ExitStack() as stack:
-        stack.callback(inference.release_all)
+        stack.callback(work.give_back)
         try:
-            if isinstance(first, BaseToLoad):
-                inference.claim()  # so that a load that fails counts for all that wait for it
             settings: Json = _trainer_settings(context, first)
             if isinstance(first, Job):
                 gang.gather(stack, first, settings)
@@ -136,22 +133,24 @@ def _train(context: WorkerContext, gang: WorkerGang, tasks: TaskRunner, work: Wo
             trainer = _launch_trainer(context, stack, str(first.trainer_id), settings)
             gang.start(trainer, is_unwanted=is_unwanted)
             strategy: Strategy = settings["strategy"]
-            session = _open_session(context, stack, first, trainer.directory, inference, strategy=strategy)
+            session = _open_session(context, stack, first, trainer.directory, work.load, strategy=strategy)
             stack.enter_context(announced(context, trainer, session, first.base_digest))
             for claim in waiting:
                 session.admit(claim)
         except (LorryError, OSError, Abandoned) as error:
             if isinstance(error, base_models.ImportRefused):
                 _best_effort(partial(_record_load_failure, context, first))
-            if isinstance(error, base_models.ImportRefused | NotFound):
-                inference.fail_all(load_error(error))
+            if work.load is not None and isinstance(error, base_models.ImportRefused | NotFound):
+                work.load.fail(load_error(error))
+            elif work.load is not None and not (context.draining or isinstance(error, OUTAGES)):
+                work.load.retry()
             _release(context, waiting, TrainerEnd.WORKER_SHUTDOWN.value if context.draining else launch_failure(error))
             return None
         following = _attend(context, gang, tasks, trainer, session, is_for_jobs=isinstance(first, Job))
         _conclude(context, gang, trainer, session)
     if following is not None and trainer.is_left_behind:  # it still holds the device
         _release(context, following.jobs, TrainerEnd.UNKILLABLE.value)
-        following.inference.give_back()
+        following.give_back()
         return None
     return following
 
@@ -217,11 +216,12 @@ def _open_session(
     stack: ExitStack,
     first: Job | BaseToLoad,
     directory: TrainerDirectory,
-    inference: InferenceSession,
+    load: BaseLoad | None,
     *,
     strategy: Strategy,
 ) -> TrainerSession:
-    """Return an empty session for jobs like `first`. The stack releases the claims that are left in it."""
+    """Return an empty session for jobs like `first`. The stack releases the claims that are left in it, and
+    interrupts its answers."""
     assert first.trainer_id is not None, "the claim names the trainer that it is for"
     description = catalog_bases.get(context.db, first.base_model).description or {}
     session = TrainerSession(
@@ -231,7 +231,7 @@ def _open_session(
         first.pack_key,
         description=description,
         strategy=strategy,
-        inference=inference,
+        load=load,
     )
     stack.callback(session.release_all)
     return session
@@ -279,7 +279,7 @@ def _attend(
         if closing_at is None:
             _tolerating_outages(trainer, session.hand_over)
         if not is_to_shut_down:
-            _tolerating_outages(trainer, partial(session.answer_requests, was_notified=was_notified))
+            _tolerating_outages(trainer, session.serve_requests)
         is_due = was_notified or time.monotonic() - polled_at >= context.settings.poll_seconds
         if closing_at is None and is_due:
             polled_at = time.monotonic()
@@ -309,7 +309,7 @@ def _drain(gang: WorkerGang, trainer: TrainerProcess, session: TrainerSession) -
     if session.ready is not None:
         session.is_shutting_down = True
         session.send("drain")
-        session.inference.release_all()  # afterwards: it may wait for slow API processes
+        session.inference.stop_accepting()
         return True
     session.outcome = gang.shutdown_end.value
     trainer.kill()

@@ -1,5 +1,6 @@
-"""The periodic actions of an API server: expire leases and inference requests, report deadlines that will be missed,
-advance sweeps, seal and anchor the audit log, wake workers, and delete objects that nothing references.
+"""The periodic actions of an API server: expire leases, forget base models that no request waits for, report deadlines
+that will be missed, advance sweeps, seal and anchor the audit log, wake workers, and delete objects that nothing
+references.
 
 Every API server runs them, so each action must be safe while another process runs it.
 """
@@ -14,7 +15,7 @@ from api.deps import Services
 from catalog.audit import chain
 from catalog.audit.derived_keys import PepperReplaced
 from catalog.errors import OutOfSpace, Unavailable
-from catalog.inference import requests
+from catalog.inference import engines
 from catalog.lifecycle import deadlines, recovery
 from catalog.maintenance import audit_anchors
 from catalog.maintenance.garbage_collection import clean
@@ -64,10 +65,8 @@ def _recover(services: Services) -> None:
         _wake_workers(services)
 
 
-def _expire_inference_requests(services: Services) -> None:
-    num_expired = requests.remove_expired(services.db)
-    if num_expired:
-        log.warning("expired inference_requests=%d", num_expired)
+def _forget_wanted_bases(services: Services) -> None:
+    engines.remove_lapsed(services.db)
 
 
 def _advance_sweeps(services: Services) -> None:
@@ -107,7 +106,7 @@ def _often(settings: Settings) -> float:
 
 PERIODIC = (
     Periodic(name="recover", act=_recover, seconds=_often),
-    Periodic(name="expire_inference_requests", act=_expire_inference_requests, seconds=_often),
+    Periodic(name="forget_wanted_bases", act=_forget_wanted_bases, seconds=_often),
     Periodic(name="seal_audit_log", act=_seal_audit_log, seconds=_often),
     Periodic(name="notify_missed_deadlines", act=_notify_missed_deadlines, seconds=_often),
     Periodic(name="wake_workers", act=_wake_workers, seconds=_often),

@@ -1,27 +1,26 @@
-"""Answers the lines of a batch: submits their requests, a limited number at a time, and stores the results."""
+"""Answers the lines of a batch, a limited number at a time, and stores the results."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections.abc import Callable, Coroutine
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 from typing import Any
 
-from api.inference.answer import ClientGone, PartialAnswer, deltas_of
+from api.inference.answer import ClientGone, PartialAnswer
 from api.inference.batch_input import BatchEntry, custom_id_of, lines_of, parse
 from api.inference.batch_lease import LeasedBatch
 from api.inference.batch_output import answer_crashed, failure_result, success_result
-from api.inference.calls import prompt_parameter
-from api.inference.replies import Replies
+from api.inference.exchange import EngineRequest, Engines
 from api.inference.responses import whole
 from catalog.batches import execution
 from catalog.errors import InvalidRequest, LorryError, QuotaExceeded, StaleClaim
 from catalog.inference import requests
-from catalog.queue.notifier import Notifier
+from catalog.inference.engines import INTERRUPTED
 from catalog.storage.store import ArtifactStore
 from catalog.tables.table import Json, new_id
 
@@ -49,6 +48,7 @@ class _OpenLine:
     number: int
     entry: BatchEntry
     request_id: str = ""
+    model: requests.Model | None = None
     answer: PartialAnswer = field(default_factory=PartialAnswer)
     """The answer of the current attempt."""
 
@@ -60,14 +60,13 @@ class BatchLines:
         self,
         batch: LeasedBatch,
         store: ArtifactStore,
+        engines: Engines,
         *,
         max_line_bytes: int,
-        replies: Replies,
-        notifier: Notifier,
     ) -> None:
         self._batch, self._db, self._store = batch, batch.db, store
         self._max_line_bytes = max_line_bytes
-        self._replies, self._notifier = replies, notifier
+        self._engines = engines
         self._slots = asyncio.Semaphore(MAX_IN_FLIGHT)
         self._answers: dict[asyncio.Task[None], _OpenLine] = {}
         self._is_input_intact = False
@@ -129,8 +128,6 @@ class BatchLines:
             for task in waiting:
                 task.cancel()
             await asyncio.gather(*waiting, return_exceptions=True)
-            for line in waiting.values():
-                await self._batch.persist(partial(execution.discard, self._db, line.request_id))
             are_answered = are_answered and not waiting
         await asyncio.gather(*self._answers, return_exceptions=True)  # if the batch is to stop, they end at once
         return are_answered
@@ -178,7 +175,13 @@ class BatchLines:
         message = f"Line {number} of the input file is not valid any more. {error.message}"
         shown = InvalidRequest(message, code=error.code, remedy=error.remedy, param=error.param)
         result = failure_result(custom_id_of(line), shown, request_id)
-        given: Json = {"result": result, "is_failed": True, "prompt_tokens": 0, "completion_tokens": 0}
+        given: Json = {
+            "base_model": None,
+            "result": result,
+            "is_failed": True,
+            "prompt_tokens": 0,
+            "completion_tokens": 0,
+        }
         store = partial(
             execution.store_result, self._db, self._batch.claimed, number=number, request_id=request_id, **given
         )
@@ -210,7 +213,7 @@ class BatchLines:
             answer = line.answer = PartialAnswer()
             request_id = line.request_id = new_id("infer")
             try:
-                body = await self._body_of(request_id, entry, answer)
+                body = await self._body_of(line)
                 parsed = partial(success_result, entry.custom_id, request_id, body)
                 result, is_failed = await asyncio.to_thread(parsed), False  # as in `whole`: it may take long
             except ClientGone:
@@ -224,8 +227,7 @@ class BatchLines:
                 else:
                     log.exception("crash in the answer %s of the batch %s", request_id, self._batch.claimed.batch_id)
                     told = answer_crashed(request_id)
-                if told.code == "answer_interrupted" and attempt < MAX_ATTEMPTS:
-                    await self._batch.persist(partial(execution.discard, self._db, request_id))
+                if told.code == INTERRUPTED and attempt < MAX_ATTEMPTS:
                     continue
                 result, is_failed = failure_result(entry.custom_id, told, request_id), True
             store = partial(
@@ -233,6 +235,7 @@ class BatchLines:
                 self._db,
                 self._batch.claimed,
                 number=line.number,
+                base_model=None if line.model is None else line.model.base_model,
                 result=result,
                 is_failed=is_failed,
                 request_id=request_id,
@@ -246,56 +249,43 @@ class BatchLines:
         """Count the tokens of an answer that the end of the batch has interrupted. After a crash or with a lost lease,
         the line is answered again, and only that answer is counted."""
         answer = line.answer
-        if self._batch.is_lost or self._batch.has_crashed or not answer.prompt_tokens:
+        if self._batch.is_lost or self._batch.has_crashed or line.model is None or not answer.prompt_tokens:
             return
         counts = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
         count = partial(
-            execution.count_interrupted, self._db, self._batch.claimed, request_id=line.request_id, **counts
+            execution.count_interrupted,
+            self._db,
+            self._batch.claimed,
+            base_model=line.model.base_model,
+            request_id=line.request_id,
+            **counts,
         )
         await self._batch.persist(count)
 
-    async def _body_of(self, request_id: str, entry: BatchEntry, answer: PartialAnswer) -> str:
-        """Return the response as JSON. Raises ClientGone if the batch is to stop, StaleClaim and LorryError."""
-        find = partial(requests.resolve, self._db, project_id=self._batch.claimed.project_id, name=entry.model)
-        model = await self._batch.persist(find)
-        reply = self._replies.open(request_id)
-        try:
-            await self._submit(request_id, entry, model)
-            reply.is_submitted = True
-            self._notifier.wake_workers()
-            deltas = deltas_of(
-                reply,
-                answer,
-                gone=self._batch.stopping,
-                why_unanswered=partial(requests.why_unanswered, self._db, request_id),
-                prompt=prompt_parameter(entry.call.parameters),
-                wait_seconds=max(self._batch.directive.seconds_left, 0) + execution.BATCH_LEASE_SECONDS,
-            )
-            async with aclosing(deltas):
-                return await whole(deltas, answer, entry.call.form(model), n=entry.call.num_choices)
-        finally:
-            reply.close()
-
-    async def _submit(self, request_id: str, entry: BatchEntry, model: requests.Model) -> None:
-        """Create the request, as soon as the project has tokens left. Raises ClientGone if the batch is to stop."""
-        submit = partial(
-            execution.submit,
-            self._db,
-            self._batch.claimed,
-            request_id=request_id,
+    async def _body_of(self, line: _OpenLine) -> str:
+        """Return the response as JSON, once the project has tokens left. Raises ClientGone if the batch is to stop,
+        StaleClaim and LorryError."""
+        entry, project_id = line.entry, self._batch.claimed.project_id
+        find = partial(requests.resolve, self._db, project_id=project_id, name=entry.model)
+        line.model = model = await self._batch.persist(find)
+        request = EngineRequest(
+            project_id=project_id,
             model=model,
-            body=entry.call.parameters,
-            reply_to=self._replies.address,
+            parameters=entry.call.parameters,
+            gone=self._batch.stopping,
+            is_batch=True,
+            wait_seconds=max(self._batch.directive.seconds_left, 0) + execution.BATCH_LEASE_SECONDS,
         )
         while not self._batch.stopping.is_set():
             try:
-                if await self._batch.persist(submit):
-                    return
-                break
+                await self._batch.persist(partial(requests.check_quota, self._db, project_id=project_id))
             except QuotaExceeded:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(PAUSE_SECONDS):
                         await self._batch.stopping.wait()
+                continue
+            async with self._engines.answering(request, line.answer) as deltas:
+                return await whole(deltas, line.answer, entry.call.form(model), n=entry.call.num_choices)
         raise ClientGone
 
 

@@ -17,12 +17,11 @@ from api.inference.batch_input import InputCheck, lines_of
 from api.inference.batch_lease import LeasedBatch, Threads
 from api.inference.batch_lines import BatchLines
 from api.inference.batch_output import UNANSWERED, OutputFiles
-from api.inference.replies import Replies
+from api.inference.exchange import Engines
 from catalog.batches import execution
 from catalog.batches.execution import BatchClaim, Outcome
 from catalog.db.database import Database
 from catalog.errors import LorryError, StaleClaim
-from catalog.queue.notifier import Notifier
 from catalog.settings import Settings
 from catalog.storage.manifest import DamagedArtifact
 from catalog.storage.store import ArtifactStore
@@ -36,12 +35,9 @@ log = logging.getLogger("lorry.api")
 
 
 class BatchRunner(TaskLoop[BatchClaim]):
-    def __init__(
-        self, db: Database, store: ArtifactStore, settings: Settings, *, replies: Replies, notifier: Notifier
-    ) -> None:
+    def __init__(self, db: Database, store: ArtifactStore, settings: Settings, engines: Engines) -> None:
         super().__init__("batches")
-        self._db, self._store, self._settings = db, store, settings
-        self._replies, self._notifier = replies, notifier
+        self._db, self._store, self._settings, self._engines = db, store, settings, engines
 
     @property
     def most(self) -> int:
@@ -83,13 +79,7 @@ class BatchRunner(TaskLoop[BatchClaim]):
 
     async def _keep_and_advance(self, batch: LeasedBatch) -> None:
         """Renew the lease of the batch until its lines are stopped."""
-        lines = BatchLines(
-            batch,
-            self._store,
-            max_line_bytes=self._settings.max_line_bytes,
-            replies=self._replies,
-            notifier=self._notifier,
-        )
+        lines = BatchLines(batch, self._store, self._engines, max_line_bytes=self._settings.max_line_bytes)
         keeper = asyncio.create_task(batch.keep())
         try:
             await self._advance(batch, lines)

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from io import StringIO
 from typing import Any, Literal
 
-from api.inference.answer import Delta, PartialAnswer
-from api.inference.replies import Event
+from api.inference.answer import Delta, Json, PartialAnswer
 from api.schemas.inference import (
     AssistantMessage,
     ChatChoice,
@@ -27,6 +26,7 @@ from api.schemas.inference import (
     Usage,
 )
 from catalog.inference import tool_calls
+from catalog.inference.logprobs import text_logprobs
 
 DONE = b"data: [DONE]\n\n"
 
@@ -53,7 +53,7 @@ def head_of(prefix: Literal["chatcmpl", "cmpl"], *, model: str, base_digest: str
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Choice:
     text: str
-    logprobs: list[Event]
+    logprobs: list[Json]
     finish: str
 
 
@@ -102,7 +102,7 @@ async def chunks(
     deltas: AsyncIterable[Delta], answer: PartialAnswer, form: ChatFormat | TextFormat, *, n: int, with_usage: bool
 ) -> AsyncGenerator[bytes]:
     """Yield the messages of a stream, except the last one, DONE."""
-    usage: Event = {"usage": None} if with_usage else {}
+    usage: Json = {"usage": None} if with_usage else {}
     is_open = False
     async for delta in deltas:
         for choice in form.opening(n) if not is_open else ():  # an error before this is an ordinary response
@@ -114,11 +114,11 @@ async def chunks(
         yield _message(form.chunk([]) | {"usage": usage_of(answer).model_dump()})
 
 
-def _message(chunk: Event) -> bytes:
+def _message(chunk: Json) -> bytes:
     return b"data: " + json.dumps(chunk, separators=(",", ":")).encode() + b"\n\n"
 
 
-def error_message(error: Event) -> bytes:
+def error_message(error: Json) -> bytes:
     """Return the message of an error after the stream has begun."""
     return _message({"error": error})
 
@@ -172,7 +172,7 @@ class ChatFormat:
             for call in calls[: self._max_calls]
         ]
 
-    def chunk(self, choices: list[Event]) -> Event:
+    def chunk(self, choices: list[Json]) -> Json:
         return {
             "id": self._head.id,
             "object": "chat.completion.chunk",
@@ -182,22 +182,22 @@ class ChatFormat:
             "choices": choices,
         }
 
-    def opening(self, n: int) -> list[Event]:
+    def opening(self, n: int) -> list[Json]:
         """Return the parts before the first token."""
         return [self._part(index, {"role": "assistant", "content": ""}) for index in range(n)]
 
-    def parts(self, delta: Delta) -> list[Event]:
+    def parts(self, delta: Delta) -> list[Json]:
         logprobs = {"content": delta.logprobs, "refusal": None} if self._with_logprobs and delta.logprobs else None
         if self._tools:  # a tool call is recognized once it is complete
             return self._held_parts(delta, logprobs)
-        found: list[Event] = []
+        found: list[Json] = []
         if delta.text or logprobs:
             found.append(self._part(delta.index, {"content": delta.text}, logprobs=logprobs))
         if delta.finish:
             found.append(self._part(delta.index, {}, finish=delta.finish))
         return found
 
-    def _held_parts(self, delta: Delta, logprobs: Event | None) -> list[Event]:
+    def _held_parts(self, delta: Delta, logprobs: Json | None) -> list[Json]:
         self._held[delta.index] = self._held.get(delta.index, "") + delta.text
         found = [self._part(delta.index, {}, logprobs=logprobs)] if logprobs else []
         if not delta.finish:
@@ -211,7 +211,7 @@ class ChatFormat:
         finish = "tool_calls" if calls and delta.finish == "stop" else delta.finish
         return [*found, self._part(delta.index, {}, finish=finish)]
 
-    def _part(self, index: int, delta: Event, *, logprobs: Event | None = None, finish: str | None = None) -> Event:
+    def _part(self, index: int, delta: Json, *, logprobs: Json | None = None, finish: str | None = None) -> Json:
         return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
 
@@ -229,7 +229,7 @@ class TextFormat:
             TextChoice(
                 index=index,
                 text=choice.text,
-                logprobs=_text_logprobs(choice.logprobs, start=0) if self._with_logprobs else None,
+                logprobs=TextLogprobs(**text_logprobs(choice.logprobs, start=0)) if self._with_logprobs else None,
                 finish_reason=choice.finish,  # pyright: ignore[reportArgumentType]
             )
             for index, choice in enumerate(choices)
@@ -243,7 +243,7 @@ class TextFormat:
             usage=usage,
         )
 
-    def chunk(self, choices: list[Event]) -> Event:
+    def chunk(self, choices: list[Json]) -> Json:
         return {
             "id": self._head.id,
             "object": "text_completion",
@@ -253,37 +253,14 @@ class TextFormat:
             "choices": choices,
         }
 
-    def opening(self, n: int) -> list[Event]:
+    def opening(self, n: int) -> list[Json]:
         """Return the parts before the first token."""
         return []
 
-    def parts(self, delta: Delta) -> list[Event]:
+    def parts(self, delta: Delta) -> list[Json]:
         start = self._lengths.get(delta.index, 0)
         self._lengths[delta.index] = start + sum(len(token["token"]) for token in delta.logprobs)
         logprobs = None
         if self._with_logprobs and delta.logprobs:
-            logprobs = _text_logprobs(delta.logprobs, start=start).model_dump()
+            logprobs = text_logprobs(delta.logprobs, start=start)
         return [{"index": delta.index, "text": delta.text, "logprobs": logprobs, "finish_reason": delta.finish}]
-
-
-def _text_logprobs(tokens: Sequence[Event], *, start: int) -> TextLogprobs:
-    """Return the older format. `text_offset` counts characters of the answer."""
-    offsets: list[int] = []
-    for token in tokens:
-        offsets.append(start)
-        start += len(token["token"])
-    return TextLogprobs(
-        tokens=[token["token"] for token in tokens],
-        token_logprobs=[token["logprob"] for token in tokens],
-        top_logprobs=[_by_text(token) for token in tokens],
-        text_offset=offsets,
-    )
-
-
-def _by_text(token: Event) -> dict[str, float]:
-    """Return the sampled token and the most likely ones, by their text. If several tokens have the same text, the
-    sampled one counts, or else the most likely one."""
-    found: dict[str, float] = {token["token"]: token["logprob"]}
-    for top in token["top_logprobs"]:
-        found.setdefault(top["token"], top["logprob"])
-    return found

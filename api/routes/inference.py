@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -17,10 +17,10 @@ from starlette.types import Message, Receive, Scope, Send
 from api.auth.authentication import Identity, Recheck, Signed
 from api.deps import Services, Use
 from api.errors.handlers import refusal
-from api.inference.answer import ClientGone, Delta, PartialAnswer, deltas_of
-from api.inference.calls import chat_call, prompt_parameter, text_call
-from api.inference.replies import Reply
-from api.inference.responses import DONE, ChatFormat, TextFormat, chunks, error_message, whole
+from api.inference.answer import ClientGone, Delta, PartialAnswer
+from api.inference.calls import CompletionCall, chat_call, text_call
+from api.inference.exchange import EngineRequest
+from api.inference.responses import DONE, chunks, error_message, whole
 from api.rate_limits.threads import run_route
 from api.requests.disconnects import set_when_disconnected
 from api.routes import SIGNED, errors
@@ -32,14 +32,10 @@ from api.schemas.inference import (
     CompletionRequest,
     SamplingRequest,
 )
-from api.serving.exchange import Exchange, RoutedExchange
 from api.streaming.hub import RECHECK_SECONDS
 from api.streaming.sse import HEADERS
 from catalog.errors import LorryError
 from catalog.inference import requests
-from catalog.serving import routes
-from catalog.serving.probes import ProbeKind
-from catalog.serving.routes import ServingRoute
 from catalog.tenancy.authentication import Caller
 
 SEND_SECONDS = 60.0
@@ -77,13 +73,7 @@ async def create_chat_completion(
     `models:answer`.
     """
     call = chat_call(body)
-    model, route = await run_route(caller.project_id, partial(_resolve, use, caller, body.model, "chat"))
-    if call.parameters.get("tools"):
-        model.check_tools()
-    form = call.form(model)
-    exchange = _Exchange(use, caller, request, model, call.parameters)
-    routed = exchange if _uses_tools(call.parameters) else exchange.routed(route, form.response_id)
-    return await _respond(routed, form, body, n=call.num_choices, recheck=recheck)
+    return await _respond(use, caller, request, call, body, recheck=recheck)
 
 
 @router.post(
@@ -100,97 +90,70 @@ async def create_completion(
     Requires the scope `models:answer`.
     """
     call = text_call(body)
-    model, route = await run_route(caller.project_id, partial(_resolve, use, caller, body.model, "text"))
-    form = call.form(model)
-    exchange = _Exchange(use, caller, request, model, call.parameters).routed(route, form.response_id)
-    return await _respond(exchange, form, body, n=call.num_choices, recheck=recheck)
-
-
-def _resolve(use: Services, caller: Caller, name: str, kind: ProbeKind) -> tuple[requests.Model, ServingRoute | None]:
-    """Return the model and, if one is ready for it, the serving endpoint that answers."""
-    model = requests.resolve(use.db, project_id=caller.project_id, name=name)
-    digest = model.base_digest
-    return model, routes.route_of(use.db, model=model.name, base_digest=digest, kind=kind, pepper=use.pepper)
-
-
-def _uses_tools(prompt: dict[str, Any]) -> bool:
-    """Return whether the prompt depends on how tools are rendered, which servers do in their own ways."""
-    return "tools" in prompt or any(row.get("tool_calls") or row["role"] == "tool" for row in prompt["messages"])
-
-
-class _Exchange:
-    """A request for the built-in engine, with its row in the database, which exists while the client waits."""
-
-    def __init__(
-        self, use: Services, caller: Caller, request: Request, model: requests.Model, parameters: dict[str, Any]
-    ) -> None:
-        self._use = use
-        self._caller = caller
-        self._receive = request.receive
-        self._model = model
-        self._parameters = parameters
-
-    def routed(self, route: ServingRoute | None, response_id: str) -> Exchange:
-        """Return the same request for a serving endpoint, or this one if there is none."""
-        if route is None:
-            return self
-        return RoutedExchange(
-            self._use,
-            self._caller,
-            self._receive,
-            model=self._model,
-            route=route,
-            parameters=self._parameters,
-            response_id=response_id,
-            own=self,
-        )
-
-    @asynccontextmanager
-    async def answering(self, answer: PartialAnswer) -> AsyncGenerator[AsyncGenerator[Delta]]:
-        """Yield what the worker adds to the answer. Afterwards the row is deleted, and the worker stops."""
-        use, project_id = self._use, self._caller.project_id
-        submit = partial(
-            requests.submit,
-            use.db,
-            project_id=project_id,
-            model=self._model,
-            body=self._parameters,
-            reply_to=use.replies.address,
-        )
-        gone = asyncio.Event()
-        reply: Reply | None = None
-        row = await run_route(project_id, submit)
-        watch = asyncio.create_task(set_when_disconnected(self._receive, gone))
-        try:
-            reply = use.replies.open(row.id)
-            reply.is_submitted = True
-            use.notifier.wake_workers()
-            why = partial(requests.why_unanswered, use.db, row.id)
-            prompt = prompt_parameter(self._parameters)
-            async with aclosing(deltas_of(reply, answer, gone=gone, why_unanswered=why, prompt=prompt)) as deltas:
-                yield deltas
-        finally:
-            watch.cancel()
-            if reply is not None:
-                reply.close()
-            counts = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
-            with suppress(LorryError):  # recovery deletes it
-                await asyncio.shield(run_route(project_id, partial(requests.finish, use.db, row.id, **counts)))
+    return await _respond(use, caller, request, call, body, recheck=recheck)
 
 
 async def _respond(
-    exchange: Exchange, form: ChatFormat | TextFormat, body: SamplingRequest, *, n: int, recheck: Identity
+    use: Services,
+    caller: Caller,
+    request: Request,
+    call: CompletionCall,
+    body: SamplingRequest,
+    *,
+    recheck: Identity,
 ) -> Response:
+    project_id = caller.project_id
+    find = partial(requests.resolve, use.db, project_id=project_id, name=body.model)
+    model = await run_route(project_id, find)
+    if call.parameters.get("tools"):
+        model.check_tools()
+    await run_route(project_id, partial(requests.check_quota, use.db, project_id=project_id))
+    exchange = _Exchange(use, project_id, request.receive, model, call)
     if body.stream:
         with_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        return CompletionStream(exchange, form, n=n, with_usage=with_usage, recheck=recheck)
+        return CompletionStream(exchange, n=call.num_choices, with_usage=with_usage, recheck=recheck)
     answer = PartialAnswer()
     try:
         async with exchange.answering(answer) as deltas:
-            found = await whole(deltas, answer, form, n=n)
+            found = await whole(deltas, answer, exchange.form, n=call.num_choices)
     except ClientGone:
         return Response(status_code=499)
     return Response(found, media_type="application/json", headers={ENGINE_HEADER: answer.engine})
+
+
+class _Exchange:
+    """One request of a client, until it is answered or the client is gone."""
+
+    def __init__(
+        self, use: Services, project_id: str, receive: Receive, model: requests.Model, call: CompletionCall
+    ) -> None:
+        self.form = call.form(model)
+        self._use, self._project_id, self._receive, self._model, self._call = use, project_id, receive, model, call
+
+    @asynccontextmanager
+    async def answering(self, answer: PartialAnswer) -> AsyncGenerator[AsyncGenerator[Delta]]:
+        """Yield what is added to the answer. Afterwards its tokens are counted. Raises ClientGone and LorryError."""
+        gone = asyncio.Event()
+        request = EngineRequest(
+            project_id=self._project_id, model=self._model, parameters=self._call.parameters, gone=gone
+        )
+        watch = asyncio.create_task(set_when_disconnected(self._receive, gone))
+        try:
+            async with self._use.engines.answering(request, answer) as deltas:
+                yield deltas
+        finally:
+            watch.cancel()
+            count = partial(
+                requests.count,
+                self._use.db,
+                project_id=self._project_id,
+                model=self._model,
+                response_id=self.form.response_id,
+                prompt_tokens=answer.prompt_tokens,
+                completion_tokens=answer.completion_tokens,
+            )
+            with suppress(LorryError):
+                await asyncio.shield(run_route(self._project_id, count))
 
 
 class _StalledClient(Exception):
@@ -201,13 +164,10 @@ class CompletionStream(Response):
     """The chunks of an answer as server-sent events, in OpenAI's format. An error before the first chunk is an ordinary
     error response. The answer ends if the key of the request is revoked."""
 
-    def __init__(
-        self, exchange: Exchange, form: ChatFormat | TextFormat, *, n: int, with_usage: bool, recheck: Identity
-    ) -> None:
+    def __init__(self, exchange: _Exchange, *, n: int, with_usage: bool, recheck: Identity) -> None:
         super().__init__(headers=HEADERS)
         del self.headers["content-length"]
         self._exchange = exchange
-        self._form = form
         self._n = n
         self._with_usage = with_usage
         self._recheck = recheck
@@ -221,7 +181,7 @@ class CompletionStream(Response):
         answer, has_begun = PartialAnswer(), False
         try:
             async with self._exchange.answering(answer) as deltas:
-                parts = chunks(deltas, answer, self._form, n=self._n, with_usage=self._with_usage)
+                parts = chunks(deltas, answer, self._exchange.form, n=self._n, with_usage=self._with_usage)
                 async for part in parts:
                     if not has_begun:
                         self.headers[ENGINE_HEADER] = answer.engine

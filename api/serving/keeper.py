@@ -22,10 +22,10 @@ from typing import Any, TypeVar
 from starlette.concurrency import run_in_threadpool
 
 from api.background.task_loop import TaskLoop
+from api.inference.vllm_client import EndpointFailure, ServedModel, ServerAddress, VllmClient
 from api.serving import adapter_files
 from api.serving.held_lease import HeldLease, LeaseLost
 from api.serving.reference_answers import ReferenceAnswers
-from api.serving.vllm_client import EndpointFailure, ServedModel, ServerAddress, VllmClient
 from catalog.db.database import Database
 from catalog.errors import LorryError, StaleClaim
 from catalog.pepper import Pepper

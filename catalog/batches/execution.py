@@ -14,17 +14,14 @@ from sqlalchemy.orm import Session
 
 from catalog.db.database import Database, read_clock
 from catalog.errors import StaleClaim
-from catalog.inference import requests
-from catalog.inference.requests import Model
 from catalog.storage.files import BATCH_OUTPUT
 from catalog.storage.store import Blob
 from catalog.tables.batches import Batch, BatchLine
-from catalog.tables.inference import InferenceRequest
 from catalog.tables.storage import File
 from catalog.tables.table import Json, new_id
 from catalog.tasks import task_queue
 from catalog.tasks.task_queue import TaskClaim, TaskKind
-from catalog.usage import ledger, quotas
+from catalog.usage import ledger
 
 BATCH_LEASE_SECONDS = 60.0
 """Lease of a batch, renewed by the process that works on it."""
@@ -56,13 +53,12 @@ class Directive:
 
 
 def claim(db: Database) -> BatchClaim | None:
-    """Claim the next batch, and delete the requests that an earlier process left. Returns None if none waits."""
+    """Claim the next batch. Returns None if none waits."""
     task = task_queue.claim(db, [TaskKind.BATCH], lease_seconds=BATCH_LEASE_SECONDS)
     if task is None:
         return None
-    with db.write() as session:
-        batch = task_queue.hold(session, task, Batch)
-        _delete_requests(session, batch.id)
+    with db.read() as session:
+        batch = session.get_one(Batch, task.subject)
         return BatchClaim(
             task=task,
             batch_id=batch.id,
@@ -93,9 +89,7 @@ def renew(db: Database, claimed: BatchClaim) -> Directive:
 
 def release(db: Database, claimed: BatchClaim) -> None:
     """Let another process continue the batch. The project's other batches are next. Raises StaleClaim."""
-    with db.write() as session:
-        _delete_requests(session, _held(session, claimed).id)
-        task_queue.release_in(session, claimed.task)
+    task_queue.release(db, claimed.task)
 
 
 def begin(db: Database, claimed: BatchClaim, *, num_lines: int) -> None:
@@ -113,24 +107,7 @@ def fail(db: Database, claimed: BatchClaim, errors: Sequence[Json], *, num_lines
         batch = _held(session, claimed)
         batch.status, batch.finished_at = "failed", read_clock(session)
         batch.errors, batch.num_lines = list(errors), num_lines
-        _delete_requests(session, batch.id)
         task_queue.finish(session, claimed.task)
-
-
-def submit(db: Database, claimed: BatchClaim, *, request_id: str, model: Model, body: Json, reply_to: str) -> bool:
-    """Create the request of one line. Returns False if the batch is no longer in progress.
-
-    Raises StaleClaim, and QuotaExceeded if the project has used up its tokens.
-    """
-    with db.write() as session:
-        batch, now = _held(session, claimed), read_clock(session)
-        if batch.status != "in_progress" or batch.expires_at <= now:
-            return False
-        quotas.check_tokens(session, batch.project_id, now=now)
-        request = requests.new_request(batch.project_id, model, body, reply_to, now=now, expires_at=batch.expires_at)
-        request.id, request.batch_id = request_id, batch.id
-        session.add(request)
-        return True
 
 
 def store_result(
@@ -138,15 +115,17 @@ def store_result(
     claimed: BatchClaim,
     *,
     number: int,
+    base_model: str | None,
     result: Json,
     is_failed: bool,
     request_id: str,
     prompt_tokens: int,
     completion_tokens: int,
 ) -> None:
-    """Store the result of one line, delete its request and count its tokens, in one transaction.
+    """Store the result of one line and count its tokens, in one transaction.
 
-    Raises StaleClaim. Then another process answers the line again, and only that answer is counted.
+    base_model: whose tokens are counted. None: the line has no model. Raises StaleClaim. Then another process answers
+    the line again, and only that answer is counted.
     """
     with db.write() as session:
         batch = _held(session, claimed)
@@ -155,31 +134,41 @@ def store_result(
         session.add(BatchLine(batch_id=batch.id, number=number, is_failed=is_failed, result=result))
         batch.num_failed += is_failed
         batch.num_completed += not is_failed
-        batch.prompt_tokens += prompt_tokens
-        batch.completion_tokens += completion_tokens
-        requests.finish_in(session, request_id, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+        if base_model is not None:
+            _count(session, batch, base_model, request_id, (prompt_tokens, completion_tokens))
 
 
 def count_interrupted(
-    db: Database, claimed: BatchClaim, *, request_id: str, prompt_tokens: int, completion_tokens: int
+    db: Database,
+    claimed: BatchClaim,
+    *,
+    base_model: str,
+    request_id: str,
+    prompt_tokens: int,
+    completion_tokens: int,
 ) -> None:
-    """Delete the request of a line that will have no result, and count the tokens of its partial answer.
-
-    Raises StaleClaim.
-    """
+    """Count the tokens of a partial answer, whose line will have no result. Raises StaleClaim."""
     with db.write() as session:
         batch = _held(session, claimed)
-        if session.get(InferenceRequest, request_id) is None:
-            return  # an earlier call was committed, but its reply was lost
-        batch.prompt_tokens += prompt_tokens
-        batch.completion_tokens += completion_tokens
-        requests.finish_in(session, request_id, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
+        _count(session, batch, base_model, request_id, (prompt_tokens, completion_tokens))
 
 
-def discard(db: Database, request_id: str) -> None:
-    """Delete a request whose answer is no longer needed. Nothing is counted."""
-    with db.write() as session:
-        session.execute(delete(InferenceRequest).where(InferenceRequest.id == request_id))
+def _count(session: Session, batch: Batch, base_model: str, request_id: str, tokens: tuple[int, int]) -> None:
+    """tokens: of the prompt and of the answer. 0 of the prompt: no engine has begun to answer."""
+    prompt_tokens, completion_tokens = tokens
+    if not prompt_tokens:
+        return
+    batch.prompt_tokens += prompt_tokens
+    batch.completion_tokens += completion_tokens
+    ledger.add_completion(
+        session,
+        project_id=batch.project_id,
+        base_model=base_model,
+        request_id=request_id,
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        now=read_clock(session),
+    )
 
 
 def finished_lines(db: Database, batch_id: str) -> set[int]:
@@ -199,7 +188,6 @@ def finalize(db: Database, claimed: BatchClaim) -> None:
     """Record that no more lines are answered. Raises StaleClaim."""
     with db.write() as session:
         batch = _held(session, claimed)
-        _delete_requests(session, batch.id)
         if batch.status == "in_progress":
             batch.status = "finalizing"
         batch.finalizing_at = batch.finalizing_at or read_clock(session)
@@ -246,10 +234,6 @@ def delete_results(db: Database) -> int:
 
 def _held(session: Session, claimed: BatchClaim) -> Batch:
     return task_queue.hold(session, claimed.task, Batch)
-
-
-def _delete_requests(session: Session, batch_id: str) -> None:
-    session.execute(delete(InferenceRequest).where(InferenceRequest.batch_id == batch_id))
 
 
 def _add_file(session: Session, batch: Batch, content: Blob | None, *, name: str, now: float) -> str | None:

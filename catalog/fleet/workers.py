@@ -148,12 +148,14 @@ def end_trainer(db: Database, trainer_id: str, *, report: Json | None = None) ->
             trainer.report = {**(trainer.report or {}), **report}
 
 
-def report_trainer(db: Database, trainer_id: str, *, report: Json) -> None:
-    """Merge a live trainer's report: dtype, device, determinism class, versions, memory."""
+def report_trainer(db: Database, trainer_id: str, *, report: Json, address: str, secret: str) -> None:
+    """Record that a trainer has loaded its base model, and where it answers inference requests. Merges its report:
+    dtype, device, determinism class, versions, memory."""
     with db.write() as session:
         trainer = session.get(Trainer, trainer_id, with_for_update=True)
         if trainer is not None:
             trainer.report = {**(trainer.report or {}), **report}
+            trainer.address, trainer.secret = address, secret
 
 
 def _close_trainers(session: Session, worker_id: str, *, now: float) -> None:

@@ -62,6 +62,10 @@ class Trainer(Table):
     pack_key: Mapped[str]
     started_at: Mapped[float]
     ended_at: Mapped[float | None]
+    address: Mapped[str | None]
+    """HOST:PORT, where its worker answers inference requests. None: it is not loaded."""
+    secret: Mapped[str | None]
+    """The bearer token that the worker expects there."""
     report: Mapped[Json | None]
     """Reported at start and at exit: dtype, device, determinism class, versions, memory, exit, tick speeds."""
     __table_args__ = (Index(None, "pack_key", "started_at"),)

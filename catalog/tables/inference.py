@@ -1,46 +1,27 @@
-"""Inference requests that wait for an answer."""
+"""Base models that inference requests wait for."""
 
 from __future__ import annotations
 
-from sqlalchemy import ForeignKey, Index
+from sqlalchemy import JSON, ForeignKey
 from sqlalchemy.orm import Mapped, mapped_column
 
-from catalog.tables.table import Json, Leased, Table
-
-MAX_CLAIMS = 3
-"""Workers that may fail to answer a request before it fails: it may be the cause."""
-MAX_SECONDS = 600.0
-"""How long a request may wait for a worker. OpenAI's clients wait as long for a response."""
+from catalog.tables.table import Json, Table
 
 
-class InferenceRequest(Leased, Table):
-    """A request for completions. It is leased to the worker that answers it. The generated tokens are not stored: the
-    worker sends them to the API process that holds the client's connection, and that process deletes the row. For a
-    batch, the API process that works on it takes the place of the client."""
+class WantedBase(Table):
+    """A base model that requests wait for, because no worker has it loaded. Its task `load` is claimed by the worker
+    that loads it. API servers extend `wanted_until` while requests wait."""
 
-    __tablename__ = "inference_requests"
-    id: Mapped[str] = mapped_column(primary_key=True)
-    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
-    created_at: Mapped[float]
-    expires_at: Mapped[float]
-    """After this time no worker begins to answer it, and cleaning deletes it."""
+    __tablename__ = "wanted_bases"
+    pack_key: Mapped[str] = mapped_column(primary_key=True)
+    """The trainers that can answer the requests."""
     base_model: Mapped[str] = mapped_column(ForeignKey("base_models.name"))
     base_digest: Mapped[str]
-    pack_key: Mapped[str]
-    """The trainers that can answer it."""
-    adapter: Mapped[str | None]
-    """Digest of the adapter's manifest. None: the base model answers."""
-    body: Mapped[Json] = mapped_column(deferred=True)
-    """The parameters, with all defaults. Only a claim reads them: see `claims.InferenceClaim.body`."""
-    reply_to: Mapped[str]
-    """TOKEN@HOST:PORT, where the API process receives the answer."""
-    batch_id: Mapped[str | None] = mapped_column(ForeignKey("batches.id"))
-    """The batch that it belongs to. Requests of batches have a lower priority. None: a client waits for the answer."""
-    num_claims: Mapped[int] = mapped_column(default=0)
-    """Workers that have begun to answer it."""
-    __table_args__ = (
-        Index(None, "pack_key", "created_at"),
-        Index(None, "project_id", "created_at"),
-        Index(None, "batch_id"),
-        Index(None, "expires_at"),
-    )
+    wanted_since: Mapped[float]
+    wanted_until: Mapped[float]
+    clients_until: Mapped[float]
+    """Until when clients want it. Earlier than `wanted_until` if only batches do."""
+    error: Mapped[Json | None] = mapped_column(JSON(none_as_null=True))
+    """Why it could not be loaded."""
+    failed_at: Mapped[float | None]
+    """Requests that arrived before this time fail with `error`."""

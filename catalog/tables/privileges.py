@@ -94,8 +94,6 @@ WORKER_RIGHTS: Mapping[str, Rights] = {
     "gang_seats": EVERYTHING,
     "gangs": EVERYTHING,
     "idempotency_keys": NONE,
-    # Without the request itself and the address to which the answer is sent.
-    "inference_requests": Rights(select=True, update=("num_claims", "expires_at", *LEASE)),
     "job_labels": NONE,
     "job_outputs": KEEP,
     # Without the columns of the request and its owner: project, submitter, spec, priority, deadline, holds.
@@ -174,6 +172,7 @@ WORKER_RIGHTS: Mapping[str, Rights] = {
     "uploads": NONE,
     "usage_days": KEEP,
     "usage_months": KEEP,
+    "wanted_bases": Rights(select=True, update=("error", "failed_at")),
     "webhook_deliveries": Rights(insert=True),
     # Which endpoints receive an event, but neither their URLs nor their secrets.
     "webhook_endpoints": Rights(select=("id", "project_id", "event_types", "disabled_at", "deleted_at")),

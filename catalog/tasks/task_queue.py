@@ -40,6 +40,8 @@ class TaskKind(StrEnum):
     PREPARATION = "preparation"
     """Tokenizes the files of a job."""
     EXPORT = "export"
+    LOAD = "load"
+    """Loads a base model that inference requests wait for."""
     BATCH = "batch"
     ENDPOINT = "serving_endpoint"
     """Keeps the server in step with its deployments, as long as the endpoint exists."""
@@ -56,6 +58,7 @@ MAX_ATTEMPTS: Mapping[TaskKind, int] = {
     TaskKind.PLAN: 5,
     TaskKind.PREPARATION: 5,
     TaskKind.EXPORT: 3,
+    TaskKind.LOAD: 3,
     **dict.fromkeys((TaskKind.TRACK_WANDB, TaskKind.TRACK_MLFLOW, TaskKind.TRACK_TENSORBOARD), 8),
 }
 """Attempts that may fail, or lose their process, before the work fails: it may be the cause."""
@@ -112,6 +115,7 @@ def claim(
     lease_seconds: float,
     worker_id: str | None = None,
     skipping: Collection[str] = (),
+    subject: str | None = None,
     skipping_projects: Collection[str] = (),
     aging_seconds: float = AGING_SECONDS,
 ) -> TaskClaim | None:
@@ -119,9 +123,9 @@ def claim(
     behind all those of another. A project's tasks of one kind are claimed in the order of `place`.
 
     worker_id: a worker that is draining or cordoned gets none. skipping, skipping_projects: subjects and projects that
-    are left to other processes.
+    are left to other processes. subject: only its task is claimed; None: that of any subject.
     """
-    is_wanted = Task.subject.not_in(skipping)
+    is_wanted = Task.subject.not_in(skipping) if subject is None else Task.subject == subject
     if skipping_projects:
         is_wanted &= or_(Task.project_id.is_(None), Task.project_id.not_in(skipping_projects))
     with db.read() as session:  # most polls find nothing, and a read transaction blocks no writer

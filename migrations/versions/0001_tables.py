@@ -58,7 +58,7 @@ TABLES = (
     "retired_keys",
     "batches",
     "batch_lines",
-    "inference_requests",
+    "wanted_bases",
     "serving_endpoints",
     "deployments",
     "adapter_exports",
@@ -718,6 +718,8 @@ def _create_fleet() -> None:
         sa.Column("pack_key", sa.String(length=255), nullable=False),
         sa.Column("started_at", sa.Float(precision=53), nullable=False),
         sa.Column("ended_at", sa.Float(precision=53), nullable=True),
+        sa.Column("address", sa.String(length=255), nullable=True),
+        sa.Column("secret", sa.String(length=255), nullable=True),
         sa.Column("report", sa.JSON(), nullable=True),
         sa.PrimaryKeyConstraint("id", name=op.f("pk_trainers")),
     )
@@ -968,33 +970,20 @@ def _create_inference() -> None:
         sa.PrimaryKeyConstraint("batch_id", "number", name=op.f("pk_batch_lines")),
     )
     op.create_table(
-        "inference_requests",
-        sa.Column("id", sa.String(length=255), nullable=False),
-        sa.Column("project_id", sa.String(length=255), nullable=False),
-        sa.Column("created_at", sa.Float(precision=53), nullable=False),
-        sa.Column("expires_at", sa.Float(precision=53), nullable=False),
+        "wanted_bases",
+        sa.Column("pack_key", sa.String(length=255), nullable=False),
         sa.Column("base_model", sa.String(length=255), nullable=False),
         sa.Column("base_digest", sa.String(length=255), nullable=False),
-        sa.Column("pack_key", sa.String(length=255), nullable=False),
-        sa.Column("adapter", sa.String(length=255), nullable=True),
-        sa.Column("body", sa.JSON(), nullable=False),
-        sa.Column("reply_to", sa.String(length=255), nullable=False),
-        sa.Column("num_claims", sa.BigInteger(), nullable=False),
-        sa.Column("claim_id", sa.String(length=255), nullable=True),
-        sa.Column("lease_expires_at", sa.Float(precision=53), nullable=True),
-        sa.Column("batch_id", sa.String(length=255), nullable=True),
+        sa.Column("wanted_since", sa.Float(precision=53), nullable=False),
+        sa.Column("wanted_until", sa.Float(precision=53), nullable=False),
+        sa.Column("clients_until", sa.Float(precision=53), nullable=False),
+        sa.Column("error", sa.JSON(none_as_null=True), nullable=True),
+        sa.Column("failed_at", sa.Float(precision=53), nullable=True),
         sa.ForeignKeyConstraint(
-            ["base_model"], ["base_models.name"], name=op.f("fk_inference_requests_base_model_base_models")
+            ["base_model"], ["base_models.name"], name=op.f("fk_wanted_bases_base_model_base_models")
         ),
-        sa.ForeignKeyConstraint(["batch_id"], ["batches.id"], name=op.f("fk_inference_requests_batch_id_batches")),
-        sa.ForeignKeyConstraint(
-            ["project_id"], ["projects.id"], name=op.f("fk_inference_requests_project_id_projects")
-        ),
-        sa.PrimaryKeyConstraint("id", name=op.f("pk_inference_requests")),
-        sa.UniqueConstraint("claim_id", name=op.f("uq_inference_requests_claim_id")),
+        sa.PrimaryKeyConstraint("pack_key", name=op.f("pk_wanted_bases")),
     )
-    for columns in (("batch_id",), ("expires_at",), ("pack_key", "created_at"), ("project_id", "created_at")):
-        op.create_index(op.f(f"ix_inference_requests_{'_'.join(columns)}"), "inference_requests", [*columns])
 
 
 def _create_serving() -> None:

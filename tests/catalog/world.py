@@ -10,7 +10,6 @@ from typing import cast as cast_to
 
 from sqlalchemy import String, Table, cast, insert, literal, select, true
 
-from catalog.batches import commands as batches
 from catalog.db.database import Database, read_clock
 from catalog.errors import Unauthorized
 from catalog.fleet import workers
@@ -30,7 +29,6 @@ from catalog.storage import token_cache
 from catalog.storage.manifest import Manifest, ManifestFile
 from catalog.storage.store import Blob
 from catalog.tables.history import JobEvent
-from catalog.tables.inference import InferenceRequest
 from catalog.tables.jobs import Job
 from catalog.tables.storage import File, Prepared
 from catalog.tables.table import new_id
@@ -158,13 +156,6 @@ class World:
 
     def fail_import(self, name: str, error: dict[str, Any]) -> None:
         base_models.fail_import(self.db, claim_import_of(self.db, name), error=error)
-
-    def move_to_batch(self, request: InferenceRequest) -> None:
-        """Make the request one of a new batch."""
-        file = self.file(purpose="batch", num_rows=None)
-        batch = batches.create(self.db, caller=self.caller, endpoint="/v1/completions", input_file=file)
-        with self.db.write() as session:
-            session.get_one(InferenceRequest, request.id).batch_id = batch.id
 
     def file(
         self,

@@ -30,6 +30,7 @@ from catalog.tables.table import Json
 from worker.context.claim_spans import ClaimSpans
 from worker.context.gang_membership import GangMembership
 from worker.context.heartbeat import Heartbeat
+from worker.inference.server import InferenceServer
 from worker.node import devices as node
 from worker.node import scratch_dirs
 from worker.node.utilization import DeviceWatch, measure
@@ -61,6 +62,7 @@ class WorkerContext:
     worker_id: str
     device: node.Device
     heartbeat: Heartbeat
+    inference_server: InferenceServer
     notifier: FileNotifier
     """Wake-up notifications from an API server on this data folder, and from the worker's own background tasks."""
     membership: GangMembership | None = None
@@ -182,6 +184,7 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
         worker_id=worker_id,
         device=device,
         heartbeat=heartbeat,
+        inference_server=InferenceServer(settings),
         notifier=notifier,
     )
     for folder in (context.trainers_dir(), context.scratch_dir(), settings.bases_dir()):
@@ -197,6 +200,7 @@ def open_worker(settings: Settings, *, device: node.Device) -> Generator[WorkerC
         of_worker = logs.all_about({"worker": worker_id})
         with (
             of_worker,
+            _serving(context),
             _watched(context),
             _registered(context),
             _in_gang(context),
@@ -221,6 +225,16 @@ def check_strategy(wanted: Wanted, *, gang: str | None = None) -> None:
             f"`pip install 'lorry-server[deepspeed]'`, or set LORRY_STRATEGY to {instead}, which needs the "
             "same memory, or to auto."
         )
+
+
+@contextmanager
+def _serving(context: WorkerContext) -> Generator[None]:
+    """Serve inference requests."""
+    context.inference_server.start()
+    try:
+        yield
+    finally:
+        context.inference_server.close()
 
 
 @contextmanager

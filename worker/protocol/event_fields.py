@@ -22,6 +22,10 @@ def wrong_field(event: Mapping[str, Any]) -> str | None:
     return next((name for name, value in event.items() if name in CHECKS and not CHECKS[name](value)), None)
 
 
+def _is_string(value: Any) -> bool:
+    return isinstance(value, str)
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and "\0" not in value  # PostgreSQL stores no NUL characters
 
@@ -70,8 +74,9 @@ def _is_pair(value: Any) -> bool:
 
 
 CHECKS: dict[str, Check] = {
-    **dict.fromkeys(("claim_id", "device", "processor", "dtype", "quantization", "invariance", "strategy"), _is_text),
-    "message": _is_text,
+    **dict.fromkeys(
+        ("claim_id", "request_id", "device", "processor", "dtype", "quantization", "invariance", "strategy"), _is_text
+    ),
     **dict.fromkeys(("folder", "adapter", "stopped_early"), _optional(_is_text)),
     **dict.fromkeys(("pid", "num_threads", "num_processes", "step", "num_steps", "num_parameters"), _is_integer),
     **dict.fromkeys(("num_tokens", "num_supervised_tokens", "kept_step", "trained_tokens"), _is_integer),
@@ -91,6 +96,6 @@ CHECKS: dict[str, Check] = {
     "ranks": _list_of(_is_integer),
     "samples": _list_of(_object()),
     "spans": _list_of(_object(name=_is_text, began_at=_is_finite, ended_at=_is_finite)),
-    "deltas": _list_of(_object(index=_is_integer)),
+    "deltas": _list_of(_object(index=_is_integer, text=_is_string, num_tokens=_is_integer)),
     "tick_speeds": _object_of(_list_of(_is_pair)),
 }

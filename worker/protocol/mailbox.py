@@ -1,10 +1,11 @@
 """The messages between a worker and its trainer, which are files in one directory. This module contains both ends.
 
-The worker writes trainer.json and inbox/NNNN-verb.json; the trainer writes events.jsonl and safetensors. A message is
-written atomically (temporary file, then rename). An event is one flushed line. An optional field has a question mark.
-Paths are relative to the directory. An `error` has code, message and remedy. `rewards` are those of lora_core.events. A
-span has name, began_at and ended_at, in seconds since 1970. On a GPU, `checkpointed` may follow events of later steps,
-but neither `finished` nor an event after which the job has left.
+The worker writes trainer.json and inbox/NNNN-verb.json; the trainer writes events.jsonl and safetensors. Inference has
+pipes of its own (answer_pipes.py), because each token is an event. A message is written atomically (temporary file,
+then rename). An event is one flushed line. An optional field has a question mark. Paths are relative to the directory.
+An `error` has code, message and remedy. `rewards` are those of lora_core.events. A span has name, began_at and
+ended_at, in seconds since 1970. On a GPU, `checkpointed` may follow events of later steps, but neither `finished` nor
+an event after which the job has left.
 
     To the trainer          Body
     admit                   AdmitBody
@@ -12,8 +13,10 @@ but neither `finished` nor an event after which the job has left.
     cancel                  claim_id: str
     drain                   -
     unload                  -
+
+    Through the pipe
     answer                  AnswerBody
-    stop_answering          claim_id: str
+    stop_answering          request_id: str
 
     From the trainer        Body, in addition to type: str and seconds: float (the trainer's monotonic clock)
     ready                   pid: int, device: str, processor: str, dtype: str, quantization: str, invariance: str,
@@ -39,17 +42,19 @@ but neither `finished` nor an event after which the job has left.
     checkpoint_unexported   claim_id: str, step: int, error: error
     paused                  claim_id: str, step: int, adapter: str | None, num_parameters?: int
     cancelled               claim_id: str
-    answering               claim_id: str, prompt_tokens: int, generation: dict (see _generation in
-                            children/trainer/inference.py)
-    generated               claim_id: str, deltas: list[delta], completion_tokens: int (so far); a delta has index,
-                            text, logprobs? and finish?
-    answered                claim_id: str, completion_tokens: int
-    unanswered              claim_id: str, error: error
     diverged                claim_id: str, step: int, good_step: int | None, message: str
     finished                claim_id: str, step: int, kept_step: int, stopped_early: str | None
     exported                claim_id: str, step: int, kept_step: int, stopped_early: str | None, folder: str,
                             num_parameters: int, trained_tokens: int, report: dict, memory?: dict[str, int],
                             spans: list[span]
+
+    Through the pipe
+    answering               request_id: str, prompt_tokens: int, generation: dict (see _generation in
+                            children/trainer/inference.py)
+    generated               request_id: str, deltas: list[delta], completion_tokens: int (so far); a delta has index,
+                            text, num_tokens (so far), logprobs? and finish?
+    answered                request_id: str, completion_tokens: int
+    unanswered              request_id: str, error: error
 """
 
 from __future__ import annotations
@@ -74,13 +79,13 @@ Json = dict[str, Any]
 LONGEST_LINE_BYTES = 2**22
 """Limit for one event, and for what one call reads from a trainer's events."""
 ROTATED_BYTES = 2**26
-"""Size at which the trainer continues its events in another file. Each generated token is an event."""
+"""Size at which the trainer continues its events in another file."""
 CONTINUED = "continued"
 """Type of the last line of such a file, which only EventReader sees."""
 LATEST_SECONDS = 1e12
-Verb = Literal["admit", "cancel", "pause", "preempt", "drain", "unload", "answer", "stop_answering"]
+Verb = Literal["admit", "cancel", "pause", "preempt", "drain", "unload"]
 """admit: train a job. cancel: discard it. pause, preempt: save its checkpoint, then discard it. drain: pause all jobs,
-then exit. unload: exit if no job is admitted. answer: answer an inference request. stop_answering: discard it."""
+then exit. unload: exit if no job is admitted."""
 
 
 class AdmitBody(TypedDict):
@@ -117,13 +122,13 @@ class StagedAdapter(TypedDict):
 
 
 class AnswerBody(TypedDict):
-    """The body of `answer`: an inference request with all defaults filled in, except max_tokens.
+    """The body of `answer`, which answers an inference request: with all defaults, except max_tokens.
 
     It has either `messages` or `prompts`. There are `n` answers to each prompt; the one with number i in the request
     has the seed `seed` + i.
     """
 
-    claim_id: str
+    request_id: str
     model: str
     adapter: StagedAdapter | None
     messages: NotRequired[list[ChatMessage]]
@@ -169,13 +174,15 @@ class TrainerMessage:
 
 
 class TrainerDirectory:
-    """The paths in one trainer's directory, which holds the two message queues."""
+    """The paths in one trainer's directory, which holds the two message queues and the two pipes."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.settings_path = path / "trainer.json"
         self.inbox = path / "inbox"
         self.events_path = path / "events.jsonl"
+        self.requests_path = path / "requests.pipe"
+        self.tokens_path = path / "tokens.pipe"
         self.log_path = rank_log(path, 0)
         self.log_starts: dict[int, int] = {}
         """Byte offset, by rank, at which the log for the current base model begins. Missing ranks begin at 0."""
@@ -185,6 +192,8 @@ class TrainerDirectory:
         """Create the directory. Without settings, its trainer is a warm standby until `begin`."""
         directory = cls(path)
         directory.inbox.mkdir(parents=True)
+        os.mkfifo(directory.requests_path, 0o600)
+        os.mkfifo(directory.tokens_path, 0o600)
         if settings is not None:
             directory.begin(settings)
         return directory
@@ -373,7 +382,7 @@ class EventReader:
         if not whole and len(content) == LONGEST_LINE_BYTES:
             raise MalformedEvent(f"is longer than {LONGEST_LINE_BYTES:,} bytes")
         self._offset += len(whole)
-        events = [_event(line) for line in whole.removesuffix(b"\n").split(b"\n")] if whole else []
+        events = [parse_event(line) for line in whole.removesuffix(b"\n").split(b"\n")] if whole else []
         if events and events[-1]["type"] == CONTINUED:
             del events[-1]
             self._path.unlink(missing_ok=True)
@@ -413,7 +422,7 @@ def _take(path: Path) -> TrainerMessage:
     return TrainerMessage(verb=path.stem.partition("-")[2], body=body)
 
 
-def _event(line: bytes) -> Json:
+def parse_event(line: bytes) -> Json:
     """Parse an event. Raises MalformedEvent unless it is an object with a type and a time, which all events have, and
     each field has its type. A missing field is found when the event is applied."""
     try:

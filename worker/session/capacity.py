@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from catalog.errors import LorryError
 from catalog.fleet import workers
-from catalog.inference import claims
+from catalog.inference import engines
 from catalog.resources import memory, throughput
 from catalog.scheduling.snapshot import Capacity
 from catalog.tables.table import new_id
@@ -66,13 +66,13 @@ def bases_to_load(
 ) -> Generator[BaseToLoad]:
     """Yield the base models of requests that no trainer can answer, if they fit on this worker without its trainer.
 
-    waited_seconds, with_batches: as for `claims.unloaded`. Raises Unavailable.
+    waited_seconds, with_batches: as for `engines.wanted`. Raises Unavailable.
     """
     if context.settings.gang is not None:
         return  # its trainers serve jobs, for which the whole gang meets
     when_empty = capacity.memory_bytes_when_empty
     available = capacity.memory_bytes_free if when_empty is None else when_empty
-    for wanted in claims.unloaded(
+    for wanted in engines.wanted(
         context.db, worker_id=context.worker_id, waited_seconds=waited_seconds, with_batches=with_batches
     ):
         base = BaseToLoad(

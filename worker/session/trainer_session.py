@@ -31,13 +31,14 @@ from catalog.tables.table import Json
 from worker.background.child_task import Abandoned
 from worker.background.tokenization import FileRefused
 from worker.context.context import WorkerContext
+from worker.inference.session import InferenceSession
 from worker.node import devices
 from worker.protocol.mailbox import EventReader, InboxWriter, MalformedEvent, TrainerDirectory, Verb, applying
 from worker.protocol.trainer_paths import UnsafePath
 from worker.session import staging
+from worker.session.base_load import BaseLoad
 from worker.session.event_handlers import EventHandlers, Next
 from worker.session.failures import TrainerEnd, inbox_failure, job_failure
-from worker.session.inference import InferenceSession
 from worker.session.job_logs import Output, cleaned
 from worker.session.metrics_buffer import Curve
 from worker.session.session_job import STOPPED, End, SessionJob, requested_verb
@@ -71,10 +72,10 @@ class TrainerSession:
         *,
         description: Json,
         strategy: Strategy = "replicated",
-        inference: InferenceSession | None = None,
+        load: BaseLoad | None = None,
     ) -> None:
         """description: of the base model, from which memory is estimated. strategy: how the devices hold the base.
-        inference: the requests that the trainer answers. None: it has no requests yet."""
+        load: the task to load it for inference requests. None: it is loaded for jobs."""
         self.trainer_id = trainer_id
         self.directory = directory
         self.pack_key = pack_key
@@ -100,13 +101,15 @@ class TrainerSession:
         """The trainer's measured throughput."""
         self._context = context
         self._description = description
-        self.inference: InferenceSession = inference or InferenceSession(context, pack_key)
+        self.inference = InferenceSession(context.inference_server, context.store, directory)
+        self._load = load
         self._inbox = InboxWriter(directory)
         self._reader = EventReader(directory)
         self._handlers = EventHandlers(context, directory, trainer_id)
         self._output = Output(context, directory)
         self._held: dict[str, SessionJob] = {}
         self._is_ready_recorded = False
+        self._had_requests = False
         self._unloading_since: float | None = None
         self._memory: Json = {}
 
@@ -291,26 +294,26 @@ class TrainerSession:
         self._inbox.send(verb)
         return True
 
-    def answer_requests(self, *, was_notified: bool) -> None:
-        """Give new inference requests to the trainer once it is ready. Raises OutOfSpace, Unavailable, OSError."""
-        is_ready, was_empty = self.ready is not None, self.is_empty
-        self.inference.advance(
-            self.directory,
-            self._inbox,
-            is_ready=is_ready,
-            has_suspect=self.has_suspect,
-            was_notified=was_notified,
-        )
-        if was_empty and not self.is_empty:
+    def serve_requests(self) -> None:
+        """Note what inference reports: a fault, and that the trainer is active."""
+        inference = self.inference
+        inference.has_suspect = self.has_suspect
+        if inference.fault is not None and self.fault is None:
+            self._distrust(inference.fault)
+        if inference.is_idle:
+            self._had_requests = False
+        elif not self._had_requests:
+            self._had_requests = True
             self.last_event_at = time.monotonic()  # an empty trainer sends no events
+        self.last_event_at = max(self.last_event_at, inference.last_event_at)
 
     def unload(self) -> bool:
         """Unload the trainer once it has answered its requests, or after UNLOAD_SECONDS. It gets no new requests.
 
         Returns whether the message was sent. Raises OutOfSpace, OSError.
         """
-        self.inference.stop_claiming()
         if self._unloading_since is None:
+            self.inference.stop_accepting()
             self._unloading_since = time.monotonic()
         if not self.inference.is_idle and time.monotonic() - self._unloading_since < UNLOAD_SECONDS:
             return False
@@ -345,7 +348,8 @@ class TrainerSession:
         report = {name: ready[name] for name in IN_RECORD if name in ready}
         try:
             with applying("ready"):
-                workers.report_trainer(self._context.db, self.trainer_id, report=report)
+                where = {"address": self._context.inference_server.address, "secret": self.inference.secret}
+                workers.report_trainer(self._context.db, self.trainer_id, report=report, **where)
         except OUTAGES:
             raise
         except LorryError as error:
@@ -353,6 +357,9 @@ class TrainerSession:
                 error = MalformedEvent("is a 'ready' event that can't be stored")
             self._distrust(error)
         self._is_ready_recorded = True
+        self.inference.open()
+        if self._load is not None:
+            self._load.succeed()
 
     def _receive(self) -> None:
         """Read events, up to the first one that is malformed."""
@@ -370,9 +377,7 @@ class TrainerSession:
             self.longest_silence = max(self.longest_silence, event["seconds"] - self._last_event_seconds)
         self._last_event_seconds = event["seconds"] if event["type"] != "idle" else None
         held = self._held.get(event.get("claim_id", ""))
-        if event["type"] in ("answering", "generated", "answered", "unanswered"):
-            self.inference.receive(event)
-        elif held is not None:
+        if held is not None:
             held.pending_events.append(event)
             held.drop_outdated()
         elif event["type"] == "ready":
@@ -472,7 +477,9 @@ class TrainerSession:
                 self._guarded(held, partial(self._end, end=end))
 
     def release_all(self) -> None:
-        """Release every remaining claim without recording anything. Recovery ends those attempts."""
+        """Release every remaining claim without recording anything, and interrupt the answers. Recovery ends those
+        attempts."""
+        self.inference.close()
         for held in list(self._held.values()):
             self._release(held)
 

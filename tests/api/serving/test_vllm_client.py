@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
-from api.serving import vllm_client
-from api.serving.vllm_client import EndpointFailure, ServerAddress, VllmClient, request_of
+from api.inference import vllm_client
+from api.inference.vllm_client import EndpointFailure, ServerAddress, VllmClient, request_of
 from catalog.serving.probes import GenerationSettings, probe_body
 from tests.api.serving_engines import FakeVllm
 from tests.api.webhooks.test_http_sender import certificates

@@ -12,7 +12,6 @@ import openai
 import pytest
 
 from catalog.tables.batches import BatchLine
-from catalog.tables.inference import InferenceRequest
 from tests.system.api_process import Service, api_process
 from tests.worker_site import BASE, PEPPER, SHORT_LEASE, WorkerSite, worker_site
 
@@ -58,7 +57,7 @@ def texts(client: openai.OpenAI, batch: openai.types.Batch) -> list[str]:
 
 def num_rows(site: WorkerSite) -> int:
     with site.db.read() as session:
-        return session.query(InferenceRequest).count() + session.query(BatchLine).count()
+        return session.query(BatchLine).count()
 
 
 def test_batch_gives_the_answers_of_interactive_requests(site: WorkerSite, service: Service) -> None:

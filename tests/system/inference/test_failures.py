@@ -1,4 +1,4 @@
-"""Each request is answered once: if a worker is lost, the API server restarts, or a job needs another base model."""
+"""What becomes of requests if a worker is lost, the API server restarts, or a job needs another base model."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 
 from tests import tiny_base
@@ -40,7 +41,10 @@ def text_of(stream: Any) -> str:
     return "".join(choice.delta.content or "" for chunk in stream for choice in chunk.choices)
 
 
-def test_worker_killed_in_the_middle_of_an_answer_is_replaced_by_another(site: WorkerSite, service: Service) -> None:
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_answer_of_a_worker_that_ends_is_interrupted_and_another_worker_answers_again(
+    site: WorkerSite, service: Service, how: signal.Signals
+) -> None:
     with service.client() as client:
         first = site.start_worker()
         site.wait_for_worker()
@@ -48,26 +52,15 @@ def test_worker_killed_in_the_middle_of_an_answer_is_replaced_by_another(site: W
         stream = client.chat.completions.create(stream=True, **OPTIONS)
         begun = [next(iter(stream)) for _ in range(3)]
 
-        first.send_signal(signal.SIGKILL)
+        first.send_signal(how)
         site.start_worker()
 
-        assert text_of(begun) + text_of(stream) == whole
-        site.wait_until(lambda: site.num_open_requests() == 0)
-
-
-def test_worker_that_drains_hands_its_requests_to_another(site: WorkerSite, service: Service) -> None:
-    with service.client() as client:
-        first = site.start_worker()
-        site.wait_for_worker()
-        whole = client.chat.completions.create(**OPTIONS).choices[0].message.content
-        stream = client.chat.completions.create(stream=True, **OPTIONS)
-        begun = [next(iter(stream)) for _ in range(3)]
-
-        first.send_signal(signal.SIGTERM)
-        site.start_worker()
-
-        assert text_of(begun) + text_of(stream) == whole
-        assert first.wait(WAIT_SECONDS) == 0
+        with pytest.raises(openai.APIError) as raised:
+            text_of(stream)
+        assert raised.value.code == "answer_interrupted"
+        assert text_of(begun)
+        assert client.chat.completions.create(**OPTIONS).choices[0].message.content == whole
+        assert first.wait(WAIT_SECONDS) == (0 if how is signal.SIGTERM else -signal.SIGKILL)
 
 
 def test_api_server_that_stops_finishes_its_streams_and_its_successor_answers(site: WorkerSite) -> None:

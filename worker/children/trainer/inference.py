@@ -23,7 +23,7 @@ from worker.children.tokenizer.chat_template import Refused, date_arguments
 from worker.children.tokenizer.text_encoder import BaseText
 from worker.children.trainer.text_stream import INCOMPLETE, TextStream
 from worker.protocol.errors import error_report, print_handled
-from worker.protocol.mailbox import AnswerBody, EventWriter, Json, TrainerDirectory
+from worker.protocol.mailbox import AnswerBody, Json, TrainerDirectory
 
 CACHE_SHARE = 0.25
 """Part of the device's free memory that the key-value cache may take. Jobs that are admitted later need the rest."""
@@ -33,7 +33,7 @@ CACHED_ADAPTERS = 64
 """Number of adapters beyond which none is kept for later requests."""
 EVENT_LOGPROBS = 32
 """Maximum number of tokens with log-probabilities in one event. Those of a possible stop sequence leave together, and a
-longer line would exceed MAX_LINE_BYTES of api/inference/replies.py."""
+longer line would exceed MAX_LINE_BYTES of api/inference/vllm_client.py."""
 CONTEXT_TOKENS = 5
 """Last tokens of a prompt, after which its answer is decoded."""
 UNLIMITED_TOKENS = 4096
@@ -82,16 +82,17 @@ class InferenceRequests:
         self,
         engine: Engine,
         directory: TrainerDirectory,
-        events: EventWriter,
+        send: Callable[[Json], None],
         *,
         text: Callable[[], BaseText],
         free_host_bytes: Callable[[], int],
     ) -> None:
-        """free_host_bytes: returns the free memory of this machine, of which a CPU's key-value cache takes a part."""
+        """send: sends an event to the worker. free_host_bytes: returns the free memory of this machine, of which the
+        key-value cache of a CPU takes a part."""
         self.computes = engine.ranks.leads or engine.base.is_sharded
         self._engine = engine
         self._directory = directory
-        self._events = events
+        self._send = send
         self._text = text
         self._free_host_bytes = free_host_bytes
         self._batch: ContinuousBatch | None = None
@@ -114,21 +115,21 @@ class InferenceRequests:
         try:
             self._add(body)
         except (LoraCoreError, Refused, OSError) as error:
-            self._fail(body["claim_id"], error)
+            self._fail(body["request_id"], error)
         except BrokenPass:
             raise  # the other ranks wait in the pass, so the trainer must exit
         except Exception as error:
             if is_device_fault(error):
                 raise
             print_handled(error)
-            self._fail(body["claim_id"], _unexpected(body["model"]))
+            self._fail(body["request_id"], _unexpected(body["model"]))
 
-    def remove(self, claim_id: str) -> None:
-        """Stop answering the request of a claim. Nothing more is reported for it."""
-        request = self._requests.pop(claim_id, None)
+    def remove(self, request_id: str) -> None:
+        """Stop answering a request. Nothing more is reported for it."""
+        request = self._requests.pop(request_id, None)
         if request is not None and self._batch is not None:
             for index in range(len(request.choices)):
-                self._batch.remove(_name(claim_id, index))
+                self._batch.remove(_name(request_id, index))
         if not self._requests:
             self._batch = None  # frees the key-value cache
             self._adapters.clear()
@@ -143,14 +144,14 @@ class InferenceRequests:
             return
         deltas: dict[str, list[Json]] = {}
         for new in tokens:
-            claim_id, _, index = new.name.rpartition("/")
-            if claim_id in self._requests:
-                deltas.setdefault(claim_id, []).extend(self._received(claim_id, int(index), new))
-        for claim_id, of_request in deltas.items():
-            self._report(claim_id, of_request)
+            request_id, _, index = new.name.rpartition("/")
+            if request_id in self._requests:
+                deltas.setdefault(request_id, []).extend(self._received(request_id, int(index), new))
+        for request_id, of_request in deltas.items():
+            self._report(request_id, of_request)
 
     def _add(self, body: AnswerBody) -> None:
-        claim_id, text = body["claim_id"], self._text()
+        request_id, text = body["request_id"], self._text()
         _check_length(text, body, max_positions=self._engine.base.max_positions)
         prompts = _encoded(text, body)
         batch = self._new_batch() if self._batch is None else self._batch
@@ -158,7 +159,7 @@ class InferenceRequests:
         adapter = self._adapter_of(body)
         generation = self._generation(text, is_chat="messages" in body)
         request = _Request(body=body, prompt_tokens=sum(len(ids) for ids in prompts))
-        self._requests[claim_id] = request
+        self._requests[request_id] = request
         decode = partial(text.text_of, with_special=bool(body.get("tools")))
         for place, ids in enumerate(prompts):
             for _ in range(body["n"]):
@@ -168,7 +169,7 @@ class InferenceRequests:
                 request.choices.append(_Choice(stream=stream))
                 batch.add(
                     Prompt(
-                        name=_name(claim_id, index),
+                        name=_name(request_id, index),
                         adapter=adapter,
                         ids=ids,
                         max_tokens=max_tokens[place],
@@ -177,8 +178,8 @@ class InferenceRequests:
                         has_low_priority=body.get("is_batch", False),
                     )
                 )
-        begun = {"type": "answering", "claim_id": claim_id, "prompt_tokens": request.prompt_tokens}
-        self._events.write({**begun, "generation": generation})
+        begun = {"type": "answering", "request_id": request_id, "prompt_tokens": request.prompt_tokens}
+        self._send({**begun, "generation": generation})
 
     def _new_batch(self) -> ContinuousBatch:
         """Begin to answer requests, with limits of the memory. Ranks of a sharded base model need the same limits."""
@@ -278,12 +279,12 @@ class InferenceRequests:
         """Return the tokens that end an answer, without those that the base model can't generate."""
         return sorted(ident for ident in self._ends(text, is_chat=is_chat) if ident < self._engine.base.vocab_size)
 
-    def _received(self, claim_id: str, index: int, new: NewToken) -> list[Json]:
+    def _received(self, request_id: str, index: int, new: NewToken) -> list[Json]:
         """Return what the token adds to the answer: nothing, or one delta."""
-        request = self._requests[claim_id]
+        request = self._requests[request_id]
         choice = request.choices[index]
         if new.chosen is None:
-            self._fail(claim_id, _not_finite(request.body["model"]))
+            self._fail(request_id, _not_finite(request.body["model"]))
             return []
         choice.num_tokens += 1
         is_end = new.finish == "stop"
@@ -298,12 +299,12 @@ class InferenceRequests:
             choice.is_complete = True
             if new.finish is None and self._batch is not None:
                 self._batch.remove(new.name)
-        delta: Json = {"index": index, "text": piece}
+        delta: Json = {"index": index, "text": piece, "num_tokens": choice.num_tokens}
         if logprobs := choice.final_logprobs():
             delta["logprobs"] = logprobs
         if finish is not None:
             delta["finish"] = finish
-        return [delta] if len(delta) > 2 or piece else []
+        return [delta] if len(delta) > 3 or piece else []
 
     def _logprob(self, chosen: ChosenToken, *, is_first: bool) -> Json:
         """Return a token's log-probability. is_first: its text begins the decoded text."""
@@ -316,22 +317,22 @@ class InferenceRequests:
         is_whole = INCOMPLETE not in text
         return {"token": text, "logprob": logprob, "bytes": list(text.encode()) if is_whole else None}
 
-    def _report(self, claim_id: str, deltas: list[Json]) -> None:
-        request = self._requests.get(claim_id)
+    def _report(self, request_id: str, deltas: list[Json]) -> None:
+        request = self._requests.get(request_id)
         if request is None:
             return  # it has failed
-        counted = {"claim_id": claim_id, "completion_tokens": sum(one.num_tokens for one in request.choices)}
+        counted = {"request_id": request_id, "completion_tokens": sum(one.num_tokens for one in request.choices)}
         for some in _of_events(deltas):
-            self._events.write({"type": "generated", "deltas": some, **counted})
+            self._send({"type": "generated", "deltas": some, **counted})
         if request.is_complete:
-            self._events.write({"type": "answered", **counted})
-            self.remove(claim_id)
+            self._send({"type": "answered", **counted})
+            self.remove(request_id)
 
-    def _fail(self, claim_id: str, error: LoraCoreError | Refused | OSError) -> None:
-        self.remove(claim_id)
+    def _fail(self, request_id: str, error: LoraCoreError | Refused | OSError) -> None:
+        self.remove(request_id)
         if isinstance(error, OutOfMemory):  # its message is about a job
             error = _too_large("prompt with its answer", remedy="Shorten the prompt, or lower max_tokens or n.")
-        self._events.write({"type": "unanswered", "claim_id": claim_id, "error": error_report(error)})
+        self._send({"type": "unanswered", "request_id": request_id, "error": error_report(error)})
 
 
 class TimeShare:
@@ -391,12 +392,12 @@ def _parts(delta: Json) -> list[Json]:
     if len(logprobs) <= EVENT_LOGPROBS:
         return [delta]
     parts: list[Json] = [
-        {"index": delta["index"], "text": "", "logprobs": logprobs[start : start + EVENT_LOGPROBS]}
+        {**delta, "text": "", "logprobs": logprobs[start : start + EVENT_LOGPROBS]}
         for start in range(0, len(logprobs), EVENT_LOGPROBS)
     ]
     parts[0]["text"] = delta["text"]
-    if "finish" in delta:
-        parts[-1]["finish"] = delta["finish"]
+    for part in parts[:-1]:
+        part.pop("finish", None)
     return parts
 
 
@@ -461,8 +462,8 @@ def _sampling(body: AnswerBody, index: int) -> Sampling:
     )
 
 
-def _name(claim_id: str, index: int) -> str:
-    return f"{claim_id}/{index}"
+def _name(request_id: str, index: int) -> str:
+    return f"{request_id}/{index}"
 
 
 def _unexpected(model: str) -> ConfigError:

@@ -44,7 +44,8 @@ from worker.protocol.mailbox import EventWriter, SilentWriter, TrainerDirectory,
 from worker.protocol.rendezvous import ranks_file
 
 POLL_SECONDS = 0.03
-"""Interval at which an idle trainer polls its inbox. Polling every 0.02 seconds took up to 2.3% of a slow core."""
+"""Interval at which an idle trainer polls its inbox; a request wakes it at once. Polling every 0.02 seconds took up to
+2.3% of a slow core."""
 
 
 def main(arguments: list[str]) -> int:
@@ -140,7 +141,7 @@ def train(handlers: MessageHandlers, *, busy_at: float, idle_seconds: float | No
             if idle_seconds is not None and engine.ranks.broadcast(time.monotonic() - busy_at >= idle_seconds):
                 handlers.is_exiting = True
             else:
-                time.sleep(POLL_SECONDS)
+                handlers.wait(POLL_SECONDS)
         handlers.report()
 
 

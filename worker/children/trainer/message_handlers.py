@@ -45,6 +45,7 @@ from worker.children.trainer.outputs import (
     steps_to_sample,
 )
 from worker.node.devices import free_host_bytes
+from worker.protocol.answer_pipes import TrainerPipes
 from worker.protocol.errors import described, error_report
 from worker.protocol.mailbox import (
     AdmitBody,
@@ -76,12 +77,17 @@ class MessageHandlers:
         self._directory = directory
         self._settings = directory.settings()
         self._ranks = engine.ranks
-        self._messages = MessageQueue(InboxReader(directory), engine.ranks)
+        self._pipes = TrainerPipes(directory.requests_path, directory.tokens_path) if engine.ranks.leads else None
+        self._messages = MessageQueue(InboxReader(directory), self._pipes, engine.ranks)
         self._log = TrainerLog(self._settings, logs_events=engine.ranks.leads)
         self._jobs: dict[str, AdmittedJob] = {}
         self._text: BaseText | None = None
         self.inference = InferenceRequests(
-            engine, directory, events, text=self._base_text, free_host_bytes=free_host_bytes
+            engine,
+            directory,
+            send=self._pipes.write if self._pipes is not None else lambda _: None,
+            text=self._base_text,
+            free_host_bytes=free_host_bytes,
         )
         self.share = TimeShare()
         """How the trainer divides its time. Only the leader's is used."""
@@ -91,6 +97,13 @@ class MessageHandlers:
         self._reported_verifying = False
 
     # Messages of the worker
+
+    def wait(self, seconds: float) -> None:
+        """Wait for a request, but at most this long. On ranks that do not lead, only the time counts."""
+        if self._pipes is None:
+            time.sleep(seconds)
+        else:
+            self._pipes.wait(seconds)
 
     def read_inbox(self, *, begins_answers: bool) -> None:
         """Handle the new messages in their order. Consecutive messages that make jobs leave are handled together.
@@ -119,7 +132,7 @@ class MessageHandlers:
         elif message.verb == "answer":
             self._begin_answer(cast(AnswerBody, message.body))
         elif message.verb == "stop_answering":
-            self.inference.remove(message.body["claim_id"])
+            self.inference.remove(message.body["request_id"])
         elif message.verb == "unload":
             self.is_exiting = not self._jobs
 
@@ -380,6 +393,8 @@ class MessageHandlers:
     def close(self) -> None:
         """Wait for all unwritten checkpoints, and report them."""
         self._report_written(self._writer.close())
+        if self._pipes is not None:
+            self._pipes.close()
 
     def _report_written(self, outcomes: Iterable[WrittenCheckpoint]) -> None:
         for outcome in outcomes:

@@ -1,4 +1,5 @@
-"""HTTP requests to vLLM's OpenAI-compatible server: models, adapters and completions.
+"""HTTP requests to vLLM's OpenAI-compatible server, and to workers, which have two of its routes: models, adapters and
+completions.
 
 No redirects, no proxies of the environment, bounded answers. The routes and formats are those of vLLM 0.10 to 0.32
 (vllm/entrypoints/openai and vllm/entrypoints/serve/lora).
@@ -46,10 +47,14 @@ class EndpointFailure(Exception):
     any other error response.
     """
 
-    def __init__(self, message: str, *, kind: Literal["unreachable", "missing", "refused"]) -> None:
+    def __init__(
+        self, message: str, *, kind: Literal["unreachable", "missing", "refused"], error: Json | None = None
+    ) -> None:
+        """error: code, message and remedy, if the server is a worker."""
         super().__init__(message)
         self.message = message
         self.kind = kind
+        self.error = error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,38 +201,45 @@ class VllmClient:
 
 
 def request_of(
-    parameters: Mapping[str, Any], *, served_model: str, settings: GenerationSettings, cache_salt: str | None = None
+    parameters: Mapping[str, Any], *, served_model: str, settings: GenerationSettings | None, **further: Any
 ) -> tuple[str, Json]:
-    """Return path and body of the streamed request for the parameters of a worker's inference request.
+    """Return path and body of the streamed request for the parameters of an inference request.
 
-    ignore_eos lets only the given tokens end an answer, without those that the server would take from its files.
-    cache_salt: only requests with the same salt share cached prefixes, because a client can measure whether a prefix
-    was cached.
+    settings: of a serving endpoint; None for a worker, which has them itself. ignore_eos lets only the given tokens end
+    an answer, without those that the server would take from its files. further: fields that only this server knows.
+    Among them is vLLM's cache_salt: only requests with the same salt share cached prefixes, because a client can
+    measure whether a prefix was cached.
     """
     body: Json = {
         "model": served_model,
-        **{name: parameters[name] for name in ("n", "temperature", "top_p")},
-        "seed": parameters["seed"] & SEED_BITS,
-        "ignore_eos": True,
-        "stop_token_ids": list(settings.end_ids),
+        **{name: parameters[name] for name in ("n", "temperature", "top_p", "seed")},
         **{name: parameters[name] for name in ("presence_penalty", "frequency_penalty")},
-        **FIXED,
         "stream": True,
         "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        **further,
     }
+    if settings is not None:
+        body |= {
+            "seed": body["seed"] & SEED_BITS,
+            "ignore_eos": True,
+            "stop_token_ids": list(settings.end_ids),
+            **FIXED,
+        }
     if parameters["stop"]:
         body["stop"] = parameters["stop"]
-    if cache_salt is not None:
-        body["cache_salt"] = cache_salt
     num_logprobs, limit = parameters["num_logprobs"], parameters["max_tokens"]
     if "messages" in parameters:
         if num_logprobs is not None:
             body |= {"logprobs": True, "top_logprobs": num_logprobs}
         if limit is not None:
             body["max_completion_tokens"] = limit
-        if settings.template_kwargs:
-            body["chat_template_kwargs"] = settings.template_kwargs
-        messages = [_message(message) for message in parameters["messages"]]
+        if "tools" in parameters:
+            body["tools"] = parameters["tools"]
+        messages = parameters["messages"]
+        if settings is not None:
+            messages = [_message(message) for message in messages]
+            if settings.template_kwargs:
+                body["chat_template_kwargs"] = settings.template_kwargs
         return "/v1/chat/completions", {**body, "messages": messages}
     if num_logprobs is not None:
         body["logprobs"] = num_logprobs
@@ -311,7 +323,9 @@ def _chunk(data: bytes) -> Json:
         raise EndpointFailure("The server sent a chunk that is not a JSON object.", kind="refused")
     found = cast(Json, chunk)
     if "error" in found:
-        raise EndpointFailure(f"The server failed: {_message_of(found)}", kind="refused")
+        error: Any = found["error"]
+        own = cast(Json, error) if isinstance(error, dict) and "remedy" in error else None
+        raise EndpointFailure(f"The server failed: {_message_of(found)}", kind="refused", error=own)
     return found
 
 

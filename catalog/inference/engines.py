@@ -1,0 +1,200 @@
+"""The trainers that answer requests with the built-in engine, and the base models that workers are to load for it.
+
+A loaded trainer serves an OpenAI-compatible HTTP API at the address in its row (worker/session/inference.py). If no
+trainer has the base model of a request, the API server records it as wanted, and a worker claims the task to load it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from sqlalchemy import case, delete, select, true
+
+from catalog.db.database import Database, read_clock
+from catalog.fleet import views
+from catalog.inference.requests import Model, NoWorker
+from catalog.resources.pack_key import quantization_of
+from catalog.tables.fleet import Trainer, Worker, is_live
+from catalog.tables.inference import WantedBase
+from catalog.tables.table import Json
+from catalog.tables.tasks import Task
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import TaskClaim, TaskKind
+
+WANTED_SECONDS = 15.0
+"""How long a base model stays wanted after a request that waits for it last asked. It asks every few seconds."""
+RESTART_SECONDS = 120.0
+"""Requests are accepted for this time after the last worker was seen, which may be restarting."""
+MAX_BASES = 16
+"""Maximum number of base models that a worker considers for loading at once."""
+NOT_BEGUN = "not_begun"
+"""Code of a worker's error: the trainer was unloaded before it began to answer, so another one is to be found."""
+INTERRUPTED = "answer_interrupted"
+"""Code of a worker's error: the trainer was lost, or is being unloaded, while it answered."""
+LOAD_FAILED: Json = {
+    "code": "inference_failed",
+    "message": "The base model could not be loaded: every worker that began to load it failed.",
+    "remedy": "Ask an operator to check the logs of the workers.",
+}
+START = "Ask an operator to start a worker, for example with `lorry worker`. Then retry."
+FEWER = "Send fewer requests at once, or ask an operator to start another worker. Then retry."
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainerAddress:
+    """Where a loaded trainer answers requests: HOST:PORT, and the secret that its worker expects as a bearer token."""
+
+    trainer_id: str
+    address: str
+    secret: str = field(repr=False)
+
+
+def trainers_of(db: Database, pack_key: str) -> tuple[list[TrainerAddress], float]:
+    """Return the trainers of live workers that answer requests for this pack key, and the time of the query."""
+    with db.read() as session:
+        now = read_clock(session)
+        is_open = (Worker.cordon.is_(None), ~Worker.drain_requested, is_live(now=now))
+        is_loaded = (Trainer.pack_key == pack_key, Trainer.ended_at.is_(None))
+        found = (
+            select(Trainer.id, Trainer.address, Trainer.secret)
+            .join(Worker, Worker.trainer_id == Trainer.id)
+            .where(*is_open, *is_loaded, Trainer.address.is_not(None))
+        )
+        rows = session.execute(found).all()
+    return [TrainerAddress(trainer_id=ident, address=place or "", secret=key or "") for ident, place, key in rows], now
+
+
+def want(db: Database, model: Model, *, since: float, is_batch: bool) -> Json | None:
+    """Have a worker load the base model of a request that waits. Returns why it could not be loaded since the time
+    `since`, when the request began to wait; None if it may still be.
+
+    Raises NoWorker if no worker is running, unless the request belongs to a batch, which waits for one.
+    """
+    with db.write() as session:
+        now = read_clock(session)
+        recent = select(Worker.id).where(Worker.heartbeat_at > now - RESTART_SECONDS).limit(1)
+        if not is_batch and session.scalar(recent) is None:
+            raise NoWorker("No worker is running, so the request can't be answered.", code="no_worker", remedy=START)
+        row = session.get(WantedBase, model.pack_key, with_for_update=True)
+        if row is not None and row.failed_at is not None and row.failed_at >= since:
+            return row.error
+        if row is None:
+            row = WantedBase(pack_key=model.pack_key, wanted_since=now, wanted_until=now, clients_until=0.0)
+            session.add(row)
+        elif row.wanted_until <= now:
+            row.wanted_since, row.clients_until = now, 0.0
+        row.base_model, row.base_digest = model.base_model, model.base_digest
+        row.error = row.failed_at = None
+        row.wanted_until = now + WANTED_SECONDS
+        if not is_batch:
+            row.clients_until = row.wanted_until
+        if session.get(Task, (TaskKind.LOAD, model.pack_key)) is None:
+            task_queue.add(session, TaskKind.LOAD, model.pack_key, project_id=None, run_after=now)
+        return None
+
+
+def wanted(db: Database, *, worker_id: str, waited_seconds: float = 0.0, with_batches: bool = True) -> list[WantedBase]:
+    """Return the wanted base models that no trainer has and no worker loads. Those of clients are first, then those
+    that have been wanted the longest.
+
+    Those with a quantization that this worker does not support are omitted. waited_seconds: newer ones do not count.
+    with_batches: whether those that only batches want count.
+    """
+    with db.read() as session:
+        now = read_clock(session)
+        worker = session.get(Worker, worker_id)
+        if worker is not None and worker.takes_nothing_new:
+            return []
+        residents = views.residents(session, now=now)
+        loaded = {each.pack_key for each in residents if each.pack_key is not None and not each.takes_nothing_new}
+        is_for_clients = WantedBase.clients_until > now
+        found = (
+            select(WantedBase)
+            .where(WantedBase.pack_key.in_(task_queue.due([TaskKind.LOAD], now=now).with_only_columns(Task.subject)))
+            .where(WantedBase.pack_key.not_in(loaded), WantedBase.wanted_until > now)
+            .where(WantedBase.wanted_since <= now - waited_seconds, true() if with_batches else is_for_clients)
+            .order_by(case((is_for_clients, 0), else_=1), WantedBase.wanted_since)
+            .limit(MAX_BASES)
+        )
+        can_load = worker.quantizations if worker is not None else frozenset({"none"})
+        return [row for row in session.scalars(found) if quantization_of(row.pack_key) in can_load]
+
+
+def reserve(db: Database, pack_key: str, *, worker_id: str, lease_seconds: float) -> TaskClaim | None:
+    """Claim the task to load a wanted base model. Returns None if another worker was faster, or if it has failed too
+    often."""
+    claimed = task_queue.claim(db, [TaskKind.LOAD], lease_seconds=lease_seconds, worker_id=worker_id, subject=pack_key)
+    if claimed is not None and claimed.is_exhausted:
+        fail(db, claimed, LOAD_FAILED)
+        return None
+    return claimed
+
+
+def note_loaded(db: Database, claimed: TaskClaim) -> None:
+    """Record that a trainer has the base model. Raises StaleClaim."""
+    with db.write() as session:
+        task_queue.finish(session, claimed)
+
+
+def fail(db: Database, claimed: TaskClaim, error: Json) -> None:
+    """Fail the requests that wait for the base model. Raises StaleClaim."""
+    with db.write() as session:
+        row = task_queue.hold(session, claimed, WantedBase)
+        row.error, row.failed_at = error, read_clock(session)
+        task_queue.finish(session, claimed)
+
+
+def retry(db: Database, claimed: TaskClaim) -> None:
+    """Let a worker try again later, or fail the waiting requests after the last attempt. Raises StaleClaim."""
+    with db.write() as session:
+        row = task_queue.hold(session, claimed, WantedBase)
+        if not task_queue.retry(session, claimed):
+            row.error, row.failed_at = LOAD_FAILED, read_clock(session)
+
+
+def remove_lapsed(db: Database) -> None:
+    """Forget the base models that no request waits for any more, unless a worker is loading one."""
+    with db.write() as session:
+        now = read_clock(session)
+        lapsed = select(WantedBase.pack_key).where(WantedBase.wanted_until <= now).with_for_update(skip_locked=True)
+        for pack_key in session.scalars(lapsed).all():
+            task = session.get(Task, (TaskKind.LOAD, pack_key), with_for_update=True)
+            if task is not None and (task.lease_expires_at or 0.0) > now:
+                continue
+            task_queue.remove(session, TaskKind.LOAD, pack_key)
+            session.execute(delete(WantedBase).where(WantedBase.pack_key == pack_key))
+
+
+def why_unanswered(db: Database, model: Model) -> NoWorker:
+    """Return the error for a request that no trainer has begun to answer in time, by the state of the workers."""
+    base = repr(model.base_model)
+    with db.read() as session:
+        now = read_clock(session)
+        residents = views.residents(session, now=now)
+        task = session.get(Task, (TaskKind.LOAD, model.pack_key))
+        is_loading = task is not None and (task.lease_expires_at or 0.0) > now
+    if is_loading:
+        return _timeout(
+            f"The request was not answered in time: a worker is still loading {base}.", remedy="Retry in a few minutes."
+        )
+    if not residents:
+        return _timeout("The request was not answered in time: no worker is running.", remedy=START)
+    if all(each.takes_nothing_new for each in residents):
+        return _timeout(
+            "The request was not answered in time: all workers are cordoned or draining.",
+            remedy="Ask an operator to uncordon a worker or to start another one. Then retry.",
+        )
+    if any(each.pack_key == model.pack_key for each in residents):
+        return _timeout(
+            f"The request was not answered in time: the workers that have {base} loaded are busy with other requests.",
+            remedy=FEWER,
+        )
+    return _timeout(
+        f"The request was not answered in time: no worker has {base} loaded, and none was free to load it.",
+        remedy="See with `lorry workers list` what the workers do. Wait until their jobs end, or ask an operator to "
+        "start another worker. Then retry.",
+    )
+
+
+def _timeout(message: str, *, remedy: str) -> NoWorker:
+    return NoWorker(message, code="inference_timeout", remedy=remedy)
