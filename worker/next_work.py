@@ -118,7 +118,7 @@ def _yield_to(context: WorkerContext, session: TrainerSession) -> Work | None:
     """
     inference = session.inference
     wanted = _wanted_base(context, session)
-    inference.is_yielding = wanted is not None and inference.has_clients
+    inference.regulate(is_yielding=wanted is not None and inference.has_clients)
     return None if wanted is None or inference.is_yielding else _reserved(context, wanted)
 
 

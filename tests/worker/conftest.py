@@ -7,18 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from catalog.resources.pack_key import pack_key
 from tests import tiny_base
-from tests.catalog.world import sha
 from tests.worker.chat_bases import Base, train_tokenizer
-from tests.worker.inference_requests import ApiProcess
 from tests.worker.pack_site import READY, PackSite, emit, pack_site
 from tests.worker.scripted_trainer import FakeTrainer, Script
 from worker import supervisor
 from worker.background import base_models
 from worker.node import devices
 from worker.protocol.mailbox import TrainerDirectory
-from worker.session.inference import InferenceSession
 from worker.session.trainer_session import TrainerSession
 
 
@@ -77,18 +73,10 @@ def run(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> Callable[[Script], l
 
 
 @pytest.fixture
-def api() -> Iterator[ApiProcess]:
-    process = ApiProcess()
-    yield process
-    process.close()
-
-
-@pytest.fixture
 def session(site: PackSite) -> Iterator[TrainerSession]:
     """A session without jobs, whose trainer is ready."""
     session = site.loading_session()
-    session.inference = InferenceSession(site.context, pack_key(sha("smol"), "bfloat16"))
     emit(session, READY)
     session.read_events()
     yield session
-    session.inference.release_all()
+    session.inference.close()

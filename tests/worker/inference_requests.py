@@ -1,97 +1,123 @@
-"""Inference requests for a trainer, and the API process that waits for their answers."""
+"""Inference requests to a worker's HTTP server, and the trainer's end of its pipes."""
 
 from __future__ import annotations
 
 import json
-import socket
 import threading
 from contextlib import suppress
 from typing import Any
 
-from catalog.inference import requests
-from catalog.tables.inference import InferenceRequest
+import httpx
+
+from catalog.inference import engines, requests
 from tests.worker.pack_site import PackSite
-from worker.protocol.mailbox import InboxReader
+from tests.worker_site import wait_until
+from worker.inference.session import InferenceSession
+from worker.protocol.answer_pipes import TrainerPipes
+from worker.protocol.mailbox import TrainerDirectory, TrainerMessage
 from worker.session.trainer_session import TrainerSession
 
+FIELDS: dict[str, Any] = {
+    **{"model": "smol", "n": 1, "seed": 1, "temperature": 0.0, "top_p": 1.0},
+    **{"presence_penalty": 0.0, "frequency_penalty": 0.0},
+}
+CHAT = "/v1/chat/completions"
 
-class ApiProcess:
-    """The receiving end of answers, as in an API process."""
 
-    def __init__(self) -> None:
-        self._server = socket.create_server(("127.0.0.1", 0))
-        self.address = f"secret@127.0.0.1:{self._server.getsockname()[1]}"
-        self.token = b""
-        self.lines: list[dict[str, Any]] = []
-        self._connection: socket.socket | None = None
+class Asked:
+    """A request, whose response a thread reads."""
+
+    def __init__(
+        self, site: PackSite, session: InferenceSession, path: str = CHAT, *, secret: str | None = None, **fields: Any
+    ) -> None:
+        self.status: int | None = None
+        self.events: list[str] = []
+        """The lines of the stream that are not empty."""
+        self._url = f"http://{site.context.inference_server.address}{path}"
+        self._key = session.secret if secret is None else secret
+        self._body = FIELDS | ({"messages": []} if path == CHAT else {"prompt": [""], "max_tokens": 4}) | fields
+        self._response: httpx.Response | None = None
         self._thread = threading.Thread(target=self._read, daemon=True)
         self._thread.start()
 
     def _read(self) -> None:
-        with suppress(OSError):  # closed before a connection arrived
-            self._connection, _ = self._server.accept()
-            with self._connection, self._connection.makefile("rb") as lines:
-                self.token = lines.readline()
-                for line in lines:
-                    self.lines.append(json.loads(line))
+        key = {"authorization": f"Bearer {self._key}"}
+        with (
+            suppress(httpx.HTTPError),
+            httpx.Client(trust_env=False, timeout=60) as client,
+            client.stream("POST", self._url, json=self._body, headers=key) as self._response,
+        ):
+            self.status = self._response.status_code
+            self.events += (line for line in self._response.iter_lines() if line)
 
-    def stop(self, request_id: str) -> None:
-        assert self._connection is not None
-        self._connection.sendall(json.dumps({"request_id": request_id}).encode() + b"\n")
+    @property
+    def chunks(self) -> list[dict[str, Any]]:
+        self._thread.join(60)
+        assert not self._thread.is_alive()
+        return [json.loads(line.removeprefix("data: ")) for line in self.events if line.startswith("data: {")]
 
-    def types(self) -> list[str]:
-        return [line["event"]["type"] for line in self.lines]
+    @property
+    def error(self) -> dict[str, Any]:
+        return self.chunks[-1]["error"]
 
-    def close(self) -> None:
-        with suppress(OSError):  # a test has closed it
-            self._server.shutdown(socket.SHUT_RDWR)
-        if self._connection is not None:
-            with suppress(OSError):
-                self._connection.shutdown(socket.SHUT_RDWR)
-        self._thread.join(10)
-        self._server.close()
+    def wait_until_accepted(self) -> Asked:
+        wait_until(lambda: self.status is not None)
+        return self
 
-
-def submit(
-    site: PackSite,
-    api: ApiProcess,
-    *,
-    name: str = "smol",
-    adapter: str | None = None,
-    project_id: str | None = None,
-    **fields: Any,
-) -> InferenceRequest:
-    project_id = project_id or site.world.caller.project_id
-    model = requests.resolve(site.db, project_id=project_id, name=name)
-    body = {"messages": [], "model": name, **fields}
-    row = requests.submit(site.db, project_id=project_id, model=model, body=body, reply_to=api.address)
-    if adapter is not None:
-        with site.db.write() as session:
-            session.get_one(InferenceRequest, row.id).adapter = adapter
-    return row
+    def disconnect(self) -> None:
+        self.wait_until_accepted()
+        assert self._response is not None
+        self._response.extensions["network_stream"].get_extra_info("socket").shutdown(2)
 
 
-def claim_of(site: PackSite, row: InferenceRequest) -> str:
-    """Return the id of the claim that holds the request."""
-    with site.db.read() as session:
-        claim_id = session.get_one(InferenceRequest, row.id).claim_id
-    assert claim_id is not None
-    return claim_id
+class TrainerEnd:
+    """The trainer's end of the pipes."""
+
+    def __init__(self, directory: TrainerDirectory) -> None:
+        self._pipes = TrainerPipes(directory.requests_path, directory.tokens_path)
+
+    def take(self, number: int = 1) -> list[TrainerMessage]:
+        """Return the next messages, as soon as there are this many."""
+        found: list[TrainerMessage] = []
+
+        def is_enough() -> bool:
+            found.extend(self._pipes.take())
+            return len(found) >= number
+
+        wait_until(is_enough)
+        return found
+
+    def takes_nothing(self) -> bool:
+        return not self._pipes.wait(0.2)
+
+    def begin(self, message: TrainerMessage) -> None:
+        generation = {"text": {"end_ids": [0]}}
+        self.write("answering", message, prompt_tokens=3, generation=generation)
+
+    def answer(self, message: TrainerMessage, *deltas: dict[str, Any]) -> None:
+        """Write some deltas, and the end of the answer."""
+        if deltas:
+            self.generate(message, *deltas)
+        self.write("answered", message, completion_tokens=1)
+
+    def generate(self, message: TrainerMessage, *deltas: dict[str, Any]) -> None:
+        written = [{"index": 0, "text": "", "num_tokens": 1} | delta for delta in deltas]
+        self.write("generated", message, deltas=written, completion_tokens=1)
+
+    def write(self, kind: str, message: TrainerMessage, **fields: Any) -> None:
+        self._pipes.write({"type": kind, "request_id": message.body["request_id"], **fields})
+
+    def write_raw(self, event: Any) -> None:
+        self._pipes.write(event)
 
 
-def submit_and_claim(site: PackSite, session: TrainerSession, api: ApiProcess) -> tuple[InferenceRequest, str]:
-    """Return a request that was handed to the trainer, and the id of its claim."""
-    row = submit(site, api)
-    answer(session)
-    return row, claim_of(site, row)
+def want(site: PackSite, *, name: str = "smol", is_batch: bool = False) -> str:
+    """Record that requests wait for the base model. Returns its pack key."""
+    model = requests.resolve(site.db, project_id=site.world.caller.project_id, name=name)
+    assert engines.want(site.db, model, since=float("inf"), is_batch=is_batch) is None
+    return model.pack_key
 
 
-def received(session: TrainerSession) -> list[tuple[str, dict[str, Any]]]:
-    """Return the new messages for the trainer."""
-    return [(message.verb, message.body) for message in InboxReader(session.directory).take()]
-
-
-def answer(session: TrainerSession, *, was_notified: bool = True) -> list[tuple[str, dict[str, Any]]]:
-    """Let the worker pass on requests. Returns the new messages for the trainer."""
-    session.answer_requests(was_notified=was_notified)
-    return received(session)
+def is_fault_noticed(session: TrainerSession) -> bool:
+    session.serve_requests()
+    return session.fault is not None

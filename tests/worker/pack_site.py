@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from tests.catalog.prepared_data import REPORT
 from tests.catalog.world import DESCRIPTION, WIDE, Clock, World
 from worker.context.context import WorkerContext
 from worker.context.heartbeat import Heartbeat
+from worker.inference.server import InferenceServer
 from worker.node import devices
 from worker.protocol.mailbox import EventReader, EventWriter, InboxReader, TrainerDirectory
 from worker.session.trainer_session import TrainerSession
@@ -59,6 +61,7 @@ class PackSite:
             worker_id="w1",
             device=devices.cpu(),
             heartbeat=heartbeat,
+            inference_server=_server(),
             notifier=FileNotifier(self.settings.notification_path()),
         )
         self.context.trainers_dir().mkdir(parents=True)
@@ -151,6 +154,14 @@ class PackSite:
     def held(self) -> set[str]:
         """Return the claims whose leases are renewed."""
         return set(self.context.heartbeat._renewed_at)
+
+
+@cache
+def _server() -> InferenceServer:
+    """Return the server of all sites of this process, which serves the session that was opened last."""
+    server = InferenceServer(Settings())
+    server.start()
+    return server
 
 
 @contextmanager

@@ -177,6 +177,14 @@ class InferenceSession:
         self.ready_at = time.monotonic()
         self._server.open(self)
 
+    def regulate(self, *, has_suspect: bool | None = None, is_yielding: bool | None = None) -> None:
+        """Change whether the trainer gets requests. None: as before."""
+        has_suspect = self.has_suspect if has_suspect is None else has_suspect
+        is_yielding = self.is_yielding if is_yielding is None else is_yielding
+        if (has_suspect, is_yielding) != (self.has_suspect, self.is_yielding):
+            self.has_suspect, self.is_yielding = has_suspect, is_yielding
+            self._server.run(self._advance)
+
     def stop_accepting(self) -> None:
         """Accept no more requests, because the trainer is to be unloaded. Those that wait go elsewhere."""
         self._is_closing = True

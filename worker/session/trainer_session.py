@@ -297,7 +297,7 @@ class TrainerSession:
     def serve_requests(self) -> None:
         """Note what inference reports: a fault, and that the trainer is active."""
         inference = self.inference
-        inference.has_suspect = self.has_suspect
+        inference.regulate(has_suspect=self.has_suspect)
         if inference.fault is not None and self.fault is None:
             self._distrust(inference.fault)
         if inference.is_idle:
