@@ -148,6 +148,8 @@ def _train(context: WorkerContext, gang: WorkerGang, tasks: TaskRunner, work: Wo
             return None
         following = _attend(context, gang, tasks, trainer, session, is_for_jobs=isinstance(first, Job))
         _conclude(context, gang, trainer, session)
+        if work.load is not None and session.ready is None and not context.draining:
+            work.load.retry()
     if following is not None and trainer.is_left_behind:  # it still holds the device
         _release(context, following.jobs, TrainerEnd.UNKILLABLE.value)
         following.give_back()

@@ -8,17 +8,20 @@ from dataclasses import replace
 import pytest
 
 from catalog.errors import Unavailable
-from catalog.inference import claims
+from catalog.inference import engines
 from catalog.resources import memory
-from catalog.resources.pack_key import pack_key
-from catalog.tables.inference import MAX_CLAIMS, InferenceRequest
-from tests.catalog.world import DESCRIPTION, sha
-from tests.worker.inference_requests import ApiProcess, answer, claim_of, submit, submit_and_claim
+from catalog.tables.inference import WantedBase
+from catalog.tables.tasks import Task
+from catalog.tasks.task_queue import MAX_ATTEMPTS, TaskKind
+from tests.catalog.world import DESCRIPTION
+from tests.worker.inference_requests import Asked, TrainerEnd, want
 from tests.worker.pack_site import OUTAGE, READY, PackSite, emit
 from tests.worker.scripted_trainer import FakeTrainer, Script, cancel_first_job, load_forever, raising
+from tests.worker_site import wait_until
 from worker import next_work, supervisor
 from worker.background import base_models
 from worker.node import devices as node
+from worker.protocol.mailbox import TrainerMessage
 from worker.session.trainer_session import TrainerSession
 
 GONE_SECONDS, SWITCH_SECONDS, BATCH_SECONDS = 1000.0, 6000.0, 120_000.0
@@ -32,9 +35,27 @@ def session(site: PackSite, session: TrainerSession, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(next_work, "GONE_SECONDS", GONE_SECONDS)
     monkeypatch.setattr(next_work, "SWITCH_SECONDS", SWITCH_SECONDS)
     monkeypatch.setattr(next_work, "BATCH_SECONDS", BATCH_SECONDS)
+    monkeypatch.setattr(engines, "WANTED_SECONDS", 10 * BATCH_SECONDS)
     site.world.base("other")
-    assert answer(session) == []
     return session
+
+
+@pytest.fixture
+def trainer(session: TrainerSession) -> TrainerEnd:
+    return TrainerEnd(session.directory)
+
+
+def ask(site: PackSite, session: TrainerSession, trainer: TrainerEnd, *, priority: int = 0) -> TrainerMessage:
+    """Return the message of a request that the trainer has begun to answer."""
+    Asked(site, session.inference, priority=priority).wait_until_accepted()
+    (message,) = trainer.take()
+    trainer.begin(message)
+    return message
+
+
+def finish(session: TrainerSession, trainer: TrainerEnd, message: TrainerMessage) -> None:
+    trainer.answer(message)
+    wait_until(lambda: session.inference.is_idle)
 
 
 def unloads_for(site: PackSite, session: TrainerSession) -> str | None:
@@ -42,8 +63,7 @@ def unloads_for(site: PackSite, session: TrainerSession) -> str | None:
     work = next_work._yield_to(site.context, session)
     if work is None:
         return None
-    assert not work.inference.is_idle
-    work.inference.give_back()
+    work.give_back()
     return work.first.base_model
 
 
@@ -57,51 +77,55 @@ def pass_time(site: PackSite, session: TrainerSession, seconds: float) -> None:
     inference = session.inference
     assert inference.ready_at is not None
     inference.ready_at -= seconds
-    inference.last_answer_at -= seconds
-    inference.last_client_at -= seconds
+    inference._last_answer_at -= seconds
+    inference._last_client_at -= seconds
     with site.db.write() as database:
-        for row in database.query(InferenceRequest):
-            row.created_at -= seconds
+        for row in database.query(WantedBase):
+            row.wanted_since -= seconds
 
 
-def finish(session: TrainerSession, claim_id: str) -> None:
-    emit(session, {"type": "answered", "claim_id": claim_id, "completion_tokens": 1})
-    session.read_events()
+def task_of(site: PackSite) -> Task | None:
+    with site.db.read() as database:
+        return database.query(Task).where(Task.kind == TaskKind.LOAD).one_or_none()
 
 
-def test_trainer_without_requests_is_unloaded_at_once(site: PackSite, session: TrainerSession, api: ApiProcess) -> None:
+def is_released(site: PackSite) -> bool:
+    """Return whether another worker may load the wanted base model, without an attempt that counts."""
+    task = task_of(site)
+    assert task is not None
+    return (task.claim_id, task.num_attempts) == (None, 0) and site.context.heartbeat.renewals == []
+
+
+def test_trainer_without_requests_is_unloaded_at_once(site: PackSite, session: TrainerSession) -> None:
     assert unloads_for(site, session) is None
 
-    submit(site, api, name="other")
+    want(site, name="other")
 
     assert unloads_for(site, session) == "other"
 
 
-def test_trainer_with_clients_stays_claims_no_more_and_finishes_its_answers(
-    site: PackSite, session: TrainerSession, api: ApiProcess
+def test_trainer_with_clients_stays_accepts_no_more_and_finishes_its_answers(
+    site: PackSite, session: TrainerSession, trainer: TrainerEnd
 ) -> None:
-    _, claim_id = submit_and_claim(site, session, api)
-    submit(site, api, name="other")
+    message = ask(site, session, trainer)
+    want(site, name="other")
     assert wants(site, session) is None, "it has just begun to answer clients"
     pass_time(site, session, SWITCH_SECONDS / 2)
-    answer(session)
     assert wants(site, session) is None
     pass_time(site, session, SWITCH_SECONDS / 2)
-    answer(session)
 
     assert unloads_for(site, session) is None, "an answer is not complete"
-    submit(site, api)
-    assert answer(session) == []
-    finish(session, claim_id)
+    assert Asked(site, session.inference).wait_until_accepted().status == 503
+    finish(session, trainer, message)
     assert unloads_for(site, session) == "other"
 
 
 def test_pause_between_two_requests_of_a_client_shortens_no_stay(
-    site: PackSite, session: TrainerSession, api: ApiProcess
+    site: PackSite, session: TrainerSession, trainer: TrainerEnd
 ) -> None:
-    _, claim_id = submit_and_claim(site, session, api)
-    submit(site, api, name="other")
-    finish(session, claim_id)
+    message = ask(site, session, trainer)
+    want(site, name="other")
+    finish(session, trainer, message)
     pass_time(site, session, GONE_SECONDS / 2)
     assert wants(site, session) is None
 
@@ -110,28 +134,14 @@ def test_pause_between_two_requests_of_a_client_shortens_no_stay(
     assert wants(site, session) == "other", "the client is gone"
 
 
-def test_request_whose_adapter_cannot_be_copied_holds_up_no_other_base_model(
-    site: PackSite, session: TrainerSession, api: ApiProcess, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    digest = site.store.put_folder(site.files("adapter", "adapter_config.json", "{}"), kind="adapter").digest
-    monkeypatch.setattr(site.store, "fetch", raising(OUTAGE))
-    row = submit(site, api, adapter=digest)
-    assert answer(session) == []
-    assert claim_of(site, row)
-    submit(site, api, name="other")
-    pass_time(site, session, SWITCH_SECONDS)
-
-    assert unloads_for(site, session) == "other"
-
-
 def test_memory_of_answers_on_a_gpu_is_free_for_another_base_model(
-    site: PackSite, session: TrainerSession, api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+    site: PackSite, session: TrainerSession, trainer: TrainerEnd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     needed = memory.trainer_bytes(DESCRIPTION, "bfloat16") + site.context.group.reserve_bytes
     site.context.device = replace(site.context.device, kind="cuda")
     monkeypatch.setattr(node, "free_bytes", lambda _: 0)
-    submit_and_claim(site, session, api)
-    submit(site, api, name="other")
+    ask(site, session, trainer)
+    want(site, name="other")
     pass_time(site, session, SWITCH_SECONDS)
 
     for peak_bytes, wanted in ((needed - 1, None), (needed, "other")):
@@ -141,11 +151,11 @@ def test_memory_of_answers_on_a_gpu_is_free_for_another_base_model(
 
 
 def test_batches_of_another_base_model_wait_for_a_pause(
-    site: PackSite, session: TrainerSession, api: ApiProcess
+    site: PackSite, session: TrainerSession, trainer: TrainerEnd
 ) -> None:
-    _, claim_id = submit_and_claim(site, session, api)
-    site.world.move_to_batch(submit(site, api, name="other"))
-    finish(session, claim_id)
+    message = ask(site, session, trainer)
+    want(site, name="other", is_batch=True)
+    finish(session, trainer, message)
     pass_time(site, session, SWITCH_SECONDS / 2)
     assert wants(site, session) is None
 
@@ -154,12 +164,10 @@ def test_batches_of_another_base_model_wait_for_a_pause(
     assert wants(site, session) == "other"
 
 
-def test_two_batches_of_two_base_models_alternate(site: PackSite, session: TrainerSession, api: ApiProcess) -> None:
-    site.world.move_to_batch(submit(site, api))
-    site.world.move_to_batch(submit(site, api, name="other"))
-    assert len(answer(session)) == 1
+def test_two_batches_of_two_base_models_alternate(site: PackSite, session: TrainerSession, trainer: TrainerEnd) -> None:
+    ask(site, session, trainer, priority=1)
+    want(site, name="other", is_batch=True)
     pass_time(site, session, BATCH_SECONDS / 2)
-    answer(session)
     assert wants(site, session) is None
 
     pass_time(site, session, BATCH_SECONDS / 2)
@@ -168,38 +176,18 @@ def test_two_batches_of_two_base_models_alternate(site: PackSite, session: Train
 
 
 def test_batch_waits_while_another_base_model_has_clients(
-    site: PackSite, session: TrainerSession, api: ApiProcess
+    site: PackSite, session: TrainerSession, trainer: TrainerEnd
 ) -> None:
-    submit_and_claim(site, session, api)
-    site.world.move_to_batch(submit(site, api, name="other"))
+    ask(site, session, trainer)
+    want(site, name="other", is_batch=True)
     pass_time(site, session, BATCH_SECONDS)
-    answer(session)
 
     assert wants(site, session) is None
 
 
-def test_two_trainers_are_not_unloaded_for_one_base_model(
-    site: PackSite, session: TrainerSession, api: ApiProcess
-) -> None:
-    submit(site, api, name="other")
-    submit(site, api, name="other")
-    key = pack_key(sha("other"), "bfloat16")
-    site.world.worker("w2")
-    wanted = next_work._wanted_base(site.context, session)
-    assert wanted is not None
-    faster = claims.reserve(site.db, worker_id="w2", pack_key=key, lease_seconds=60.0)
-    assert faster is not None
-
-    assert next_work._reserved(site.context, wanted) is None
-    assert unloads_for(site, session) is None
-    submit(site, api)
-    assert len(answer(session)) == 1, "it stays, and claims requests"
-
-
-def test_batch_that_has_just_begun_is_not_cut_off(site: PackSite, session: TrainerSession, api: ApiProcess) -> None:
-    site.world.move_to_batch(submit(site, api))
-    submit(site, api, name="other")
-    assert len(answer(session)) == 1
+def test_batch_that_has_just_begun_is_not_cut_off(site: PackSite, session: TrainerSession, trainer: TrainerEnd) -> None:
+    ask(site, session, trainer, priority=1)
+    want(site, name="other")
     assert wants(site, session) is None
 
     pass_time(site, session, SWITCH_SECONDS)
@@ -207,35 +195,69 @@ def test_batch_that_has_just_begun_is_not_cut_off(site: PackSite, session: Train
     assert unloads_for(site, session) == "other"
 
 
-def test_failed_load_counts_for_all_requests_that_wait(
-    site: PackSite, run: Callable[[Script], list[FakeTrainer]], api: ApiProcess
+def test_two_trainers_are_not_unloaded_for_one_base_model(
+    site: PackSite, session: TrainerSession, trainer: TrainerEnd
 ) -> None:
-    """Otherwise each of them would cost several loads."""
-    rows = [submit(site, api) for _ in range(3)]
+    key = want(site, name="other")
+    site.world.worker("w2")
+    wanted = next_work._wanted_base(site.context, session)
+    assert wanted is not None
+    faster = engines.reserve(site.db, key, worker_id="w2", lease_seconds=60.0)
+    assert faster is not None
+
+    assert next_work._reserved(site.context, wanted) is None
+    assert unloads_for(site, session) is None
+    ask(site, session, trainer)
+
+
+def test_load_that_crashes_is_repeated_a_few_times_and_then_fails(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]]
+) -> None:
+    want(site)
 
     def crashes(trainer: FakeTrainer) -> Generator[None]:
         yield
         trainer.returncode = 1
 
+    for _ in range(MAX_ATTEMPTS[TaskKind.LOAD]):
+        run(crashes)
+        site.world.clock.now += 3600.0
+        with site.db.write() as database:
+            database.query(WantedBase).one().wanted_until += 3600.0
     trainers = run(crashes)
 
-    assert len(trainers) == MAX_CLAIMS
+    assert len(trainers) == MAX_ATTEMPTS[TaskKind.LOAD]
     with site.db.read() as database:
-        assert all(database.get_one(InferenceRequest, row.id).num_claims == MAX_CLAIMS for row in rows)
+        row = database.query(WantedBase).one()
+    assert row.error == engines.LOAD_FAILED
+    assert task_of(site) is None
+
+
+def test_refused_import_fails_the_requests_with_its_error(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    want(site)
+    refusal = base_models.ImportRefused("The files are damaged.", code="artifact_damaged", remedy="Import it again.")
+    monkeypatch.setattr(base_models, "ensure", raising(refusal))
+
+    assert run(load_forever) == []
+
+    with site.db.read() as database:
+        error = database.query(WantedBase).one().error
+    assert error == {"code": "artifact_damaged", "message": "The files are damaged.", "remedy": "Import it again."}
 
 
 def test_no_trainer_follows_one_that_still_holds_the_device(
-    site: PackSite, run: Callable[[Script], list[FakeTrainer]], api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(next_work, "FREE_WORKER_POLLS", 0.0)
     site.world.base("other")
     site.queued()
-    rows: list[InferenceRequest] = []
 
     def script(trainer: FakeTrainer) -> Generator[None]:
-        assert not rows, "another trainer was launched"
+        assert task_of(site) is None, "another trainer was launched"
         yield from cancel_first_job(trainer)
-        rows.append(submit(site, api, name="other"))
+        want(site, name="other")
         yield from trainer.listen("unload")
         trainer.is_left_behind = True
         trainer.kill()
@@ -245,14 +267,11 @@ def test_no_trainer_follows_one_that_still_holds_the_device(
     (trainer,) = run(script)
 
     assert trainer.returncode is None
-    with site.db.read() as database:
-        row = database.get_one(InferenceRequest, rows[0].id)
-    assert (row.claim_id, row.num_claims) == (None, 0)
-    assert site.context.heartbeat.renewals == []
+    assert is_released(site)
 
 
 def test_internal_error_after_the_reservation_leaves_no_lease_that_is_renewed(
-    site: PackSite, run: Callable[[Script], list[FakeTrainer]], api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(next_work, "FREE_WORKER_POLLS", 0.0)
     site.world.base("other")
@@ -260,7 +279,7 @@ def test_internal_error_after_the_reservation_leaves_no_lease_that_is_renewed(
 
     def script(trainer: FakeTrainer) -> Generator[None]:
         yield from cancel_first_job(trainer)
-        submit(site, api, name="other")
+        want(site, name="other")
         yield from trainer.listen("unload")
         assert site.context.heartbeat.renewals
         monkeypatch.setattr(supervisor, "_conclude", raising(RuntimeError("ours")))
@@ -275,60 +294,54 @@ def become_ready(trainer: FakeTrainer) -> None:
     trainer.emit("ready", **{name: value for name, value in READY.items() if name != "type"})
 
 
-def answer_one(trainer: FakeTrainer) -> Generator[None]:
-    """Load the base model, and answer the first request."""
-    become_ready(trainer)
-    message = yield from trainer.listen("answer")
-    trainer.emit("answered", claim_id=message.body["claim_id"], completion_tokens=1)
-    yield
-
-
-def test_base_model_is_loaded_although_its_first_client_leaves(
-    site: PackSite, run: Callable[[Script], list[FakeTrainer]], api: ApiProcess
+def test_trainer_is_announced_once_it_is_ready_and_its_task_is_done(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]]
 ) -> None:
-    """Others wait for the same base model. If each client that leaves ended the load, no client would be answered."""
-    first, second = submit(site, api), submit(site, api)
+    key = want(site)
+    addresses: list[str] = []
 
     def script(trainer: FakeTrainer) -> Generator[None]:
-        with site.db.write() as database:
-            database.delete(database.get_one(InferenceRequest, first.id))
-        site.context.heartbeat.beat()
-        for _ in range(3):
-            yield
-        become_ready(trainer)
-        message = yield from trainer.listen("answer")
-        assert message.body["claim_id"] == claim_of(site, second)
-        trainer.emit("answered", claim_id=message.body["claim_id"], completion_tokens=1)
         yield
+        task = task_of(site)
+        assert task is not None
+        assert task.claim_id
+        assert engines.trainers_of(site.db, key)[0] == []
+        become_ready(trainer)
+        while task_of(site) is not None:
+            yield
+        site.context.heartbeat.beat()
+        addresses.extend(each.address for each in engines.trainers_of(site.db, key)[0])
         site.context.shutdown.set()
         yield
 
     (trainer,) = run(script)
 
     assert trainer.returncode == 0
+    assert addresses == [site.context.inference_server.address]
+    assert engines.trainers_of(site.db, key)[0] == [], "it has ended"
 
 
 def test_trainer_is_followed_by_one_for_the_base_model_that_it_was_unloaded_for(
-    site: PackSite, run: Callable[[Script], list[FakeTrainer]], api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(next_work, "FREE_WORKER_POLLS", 0.0)
     site.world.base("other")
     loaded: list[str] = []
-    submit(site, api)
+    want(site)
 
     def ensure(_: object, name: str, *__: object, **___: object) -> object:
         loaded.append(name)
         return site.context.settings.bases_dir()
 
     def script(trainer: FakeTrainer) -> Generator[None]:
-        yield from answer_one(trainer)
+        become_ready(trainer)
+        while task_of(site) is not None:
+            yield
         if len(loaded) == 2:
             site.context.shutdown.set()
         else:
-            monkeypatch.setattr(next_work, "GONE_SECONDS", 0.0)
-            other = submit(site, api, name="other")
+            want(site, name="other")
             yield from trainer.listen("unload")
-            claim_of(site, other)
         yield
 
     monkeypatch.setattr(base_models, "ensure", ensure)
@@ -339,50 +352,47 @@ def test_trainer_is_followed_by_one_for_the_base_model_that_it_was_unloaded_for(
     assert site.context.heartbeat.renewals == []
 
 
-def test_reserved_request_is_released_if_the_worker_drains_before_the_next_trainer(
-    site: PackSite, run: Callable[[Script], list[FakeTrainer]], api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+def test_reserved_load_is_released_if_the_worker_drains_before_the_next_trainer(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(next_work, "FREE_WORKER_POLLS", 0.0)
-    monkeypatch.setattr(next_work, "GONE_SECONDS", 0.0)
     site.world.base("other")
-    submit(site, api)
-    reserved: list[InferenceRequest] = []
+    want(site)
 
     def script(trainer: FakeTrainer) -> Generator[None]:
-        yield from answer_one(trainer)
-        reserved.append(submit(site, api, name="other"))
+        become_ready(trainer)
+        while task_of(site) is not None:
+            yield
+        want(site, name="other")
         yield from trainer.listen("unload")
-        assert claim_of(site, reserved[0])
+        task = task_of(site)
+        assert task is not None
+        assert task.claim_id
         site.context.shutdown.set()
 
     run(script)
 
-    with site.db.read() as database:
-        row = database.get_one(InferenceRequest, reserved[0].id)
-    assert (row.claim_id, row.num_claims) == (None, 0)
-    assert site.context.heartbeat.renewals == []
+    assert is_released(site)
 
 
-def test_reserved_request_is_released_if_the_worker_stops_before_it_loads(
-    site: PackSite, run: Callable[[Script], list[FakeTrainer]], api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+def test_reserved_load_is_released_if_the_worker_stops_before_it_loads(
+    site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    row = submit(site, api)
+    want(site)
     monkeypatch.setattr(base_models, "ensure", raising(RuntimeError("ours")))
 
     with pytest.raises(RuntimeError, match="ours"):
         run(load_forever)
 
-    with site.db.read() as database:
-        assert database.get_one(InferenceRequest, row.id).claim_id is None
-    assert site.context.heartbeat.renewals == []
+    assert is_released(site)
 
 
 def test_outage_while_a_base_model_is_reserved_leaves_nothing_behind(
-    site: PackSite, session: TrainerSession, api: ApiProcess, monkeypatch: pytest.MonkeyPatch
+    site: PackSite, session: TrainerSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    submit(site, api, name="other")
+    want(site, name="other")
     before = list(site.context.heartbeat.renewals)
-    monkeypatch.setattr(claims, "reserve", raising(OUTAGE))
+    monkeypatch.setattr(engines, "reserve", raising(OUTAGE))
 
     with pytest.raises(Unavailable):
         next_work._yield_to(site.context, session)
