@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from contextlib import suppress
 from typing import Any
@@ -13,7 +14,8 @@ from catalog.inference import engines, requests
 from tests.worker.pack_site import PackSite
 from tests.worker_site import wait_until
 from worker.inference.session import InferenceSession
-from worker.protocol.answer_pipes import TrainerPipes
+from worker.protocol import answer_pipes
+from worker.protocol.answer_pipes import Lines, TrainerPipes
 from worker.protocol.mailbox import TrainerDirectory, TrainerMessage
 from worker.session.trainer_session import TrainerSession
 
@@ -121,3 +123,17 @@ def want(site: PackSite, *, name: str = "smol", is_batch: bool = False) -> str:
 def is_fault_noticed(session: TrainerSession) -> bool:
     session.serve_requests()
     return session.fault is not None
+
+
+class WorkerEnd:
+    """The worker's end of the pipes, for a trainer in the same thread."""
+
+    def __init__(self, directory: TrainerDirectory) -> None:
+        self._requests, tokens = answer_pipes._opened(directory.requests_path), directory.tokens_path
+        self._lines = Lines(answer_pipes._opened(tokens))
+
+    def send(self, verb: str, **body: Any) -> None:
+        os.write(self._requests, json.dumps({"verb": verb, "body": body}).encode() + b"\n")
+
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._lines.read()]

@@ -14,7 +14,7 @@ an event after which the job has left.
     drain                   -
     unload                  -
 
-    Through the pipe
+    To it, by pipe          Body
     answer                  AnswerBody
     stop_answering          request_id: str
 
@@ -48,7 +48,7 @@ an event after which the job has left.
                             num_parameters: int, trained_tokens: int, report: dict, memory?: dict[str, int],
                             spans: list[span]
 
-    Through the pipe
+    From it, by pipe        Body, as for events
     answering               request_id: str, prompt_tokens: int, generation: dict (see _generation in
                             children/trainer/inference.py)
     generated               request_id: str, deltas: list[delta], completion_tokens: int (so far); a delta has index,

@@ -33,6 +33,7 @@ def table(title: str) -> dict[str, list[str]]:
 
 
 MESSAGES, EVENTS = table("To the trainer"), table("From the trainer")
+REQUESTS, TOKENS = table("To it, by pipe"), table("From it, by pipe")
 
 
 def strings(node: ast.expr) -> Iterator[str]:
@@ -96,20 +97,24 @@ def handled_events() -> set[str]:
     return tables | compared_with("type", "session/trainer_session.py")
 
 
-def test_the_table_lists_the_verbs_of_the_inbox_and_no_others() -> None:
+def test_the_table_lists_the_verbs_that_the_trainer_handles_and_no_others() -> None:
     handled = compared_with("verb", "children/trainer") | set(RELEASING)
 
-    assert set(MESSAGES) == set(get_args(Verb)) == handled
+    assert set(MESSAGES) == set(get_args(Verb))
+    assert {*MESSAGES, *REQUESTS} == handled
+    assert {text_of(call.args[0]) for call in calls("send", "inference/session.py")} == set(REQUESTS)
 
 
 def test_the_table_lists_the_events_that_the_trainer_sends_and_no_others() -> None:
-    assert set(EVENTS) == set(sent_events())
+    assert {*EVENTS, *TOKENS} == set(sent_events())
 
 
 def test_the_worker_handles_every_event_of_the_table_except_unloaded() -> None:
     assert handled_events() == set(EVENTS) - UNHANDLED
+    assert compared_with("type", "inference/session.py") >= {"answered", "unanswered"}
+    assert compared_with("type", "inference/server.py") - {"waiting"} == set(TOKENS) - {"answered"}
 
 
-@pytest.mark.parametrize("event", sorted(EVENTS))
+@pytest.mark.parametrize("event", sorted({**EVENTS, **TOKENS}))
 def test_the_table_names_every_field_that_the_trainer_writes_by_name(event: str) -> None:
-    assert sent_events()[event] <= {name.removesuffix("?") for name in EVENTS[event]}
+    assert sent_events()[event] <= {name.removesuffix("?") for name in {**EVENTS, **TOKENS}[event]}

@@ -10,18 +10,17 @@ import pytest
 from catalog.history.queries import attempts
 from catalog.resources.throughput import Speeds
 from catalog.states import EndReason
-from tests.worker.inference_requests import ApiProcess, submit_and_claim
+from tests.worker.inference_requests import Asked, TrainerEnd, is_fault_noticed
 from tests.worker.pack_site import PASSED, READY, PackSite, emit, emit_for, step
 from tests.worker.scripted_trainer import FakeTrainer, Script
+from tests.worker_site import wait_until
 from worker.session.trainer_session import TrainerSession
 
 ERROR = {"code": "bad", "message": "It failed.", "remedy": "None."}
 SAVED = {"step": 5, "folder": "jobs/own/saved", "adapter": None}
 OF_TRAINER: dict[str, dict[str, Any]] = {
     "claim_id is a list": {"type": "stepped", "claim_id": []},
-    "claim_id is an object": {"type": "answered", "claim_id": {}},
-    "generated without claim_id": {"type": "generated", "deltas": []},
-    "answering without claim_id": {"type": "answering"},
+    "claim_id is an object": {"type": "stepped", "claim_id": {}},
     "memory is text": {"type": "memory", "base_bytes": "1"},
     "memory is null": {"type": "memory", "peak_bytes": None},
     "memory is a list": {"type": "memory", "cached_bytes": []},
@@ -105,14 +104,14 @@ def test_a_trainer_that_sends_a_malformed_event_about_a_job_is_killed(
 
 
 @pytest.mark.parametrize("deltas", [1, None, ["a"], [{}], [{"index": []}], [{"index": {}}], [{"index": "0"}]], ids=str)
-def test_a_malformed_answer_is_a_fault_of_the_trainer(
-    site: PackSite, session: TrainerSession, api: ApiProcess, deltas: Any
-) -> None:
-    _, claim_id = submit_and_claim(site, session, api)
+def test_a_malformed_answer_is_a_fault_of_the_trainer(site: PackSite, session: TrainerSession, deltas: Any) -> None:
+    Asked(site, session.inference).wait_until_accepted()
+    trainer = TrainerEnd(session.directory)
+    (message,) = trainer.take()
 
-    emit(session, {"type": "generated", "claim_id": claim_id, "deltas": deltas})
-    session.read_events()
+    trainer.write("generated", message, deltas=deltas)
 
+    wait_until(lambda: is_fault_noticed(session))
     assert session.fault is not None
     assert session.fault.reason is EndReason.TRAINER_CRASHED
 

@@ -22,13 +22,14 @@ from lora_core.engine_config import EngineConfig
 from lora_core.errors import BrokenPass, LoraCoreError, OutOfMemory
 from lora_core.forward import continuous_batch
 from tests import tiny_base
+from tests.worker.inference_requests import WorkerEnd
 from tests.worker.pack_site import events_in
 from tests.worker.trainer_settings import trainer_settings
 from worker.children.tokenizer.text_encoder import BaseText
 from worker.children.trainer import main
 from worker.children.trainer.inference import InferenceRequests, TimeShare
 from worker.children.trainer.text_stream import TextStream
-from worker.protocol.mailbox import AnswerBody, EventWriter, InboxWriter, Json, TrainerDirectory
+from worker.protocol.mailbox import AnswerBody, EventWriter, Json, TrainerDirectory
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 QUESTION = [{"role": "user", "content": "What color is the lorry?"}]
@@ -62,16 +63,16 @@ def make_requests(base_dir: Path, directory: TrainerDirectory) -> Iterator[Calla
     def make(base: Path = base_dir, **config: Any) -> InferenceRequests:
         engine = Engine(load_base(base, dtype="float32", device="cpu"), EngineConfig(**config))
         text = BaseText(base)
-        return InferenceRequests(engine, directory, events, text=lambda: text, free_host_bytes=lambda: 2**26)
+        return InferenceRequests(engine, directory, events.write, text=lambda: text, free_host_bytes=lambda: 2**26)
 
     yield make
     events.close()
 
 
-def body(claim_id: str = "req-1", *, adapter: bool = False, **fields: Any) -> AnswerBody:
+def body(request_id: str = "req-1", *, adapter: bool = False, **fields: Any) -> AnswerBody:
     """Return a greedy request of one answer of up to 12 tokens."""
     given: dict[str, Any] = {
-        "claim_id": claim_id,
+        "request_id": request_id,
         "model": "tiny",
         "adapter": {"digest": "one", "folder": "adapters/one"} if adapter else None,
         "max_tokens": 12,
@@ -95,17 +96,17 @@ def drained(requests: InferenceRequests, directory: TrainerDirectory) -> list[Js
     return events_in(directory)
 
 
-def text_of(events: list[Json], claim_id: str = "req-1", index: int = 0) -> str:
-    return "".join(delta["text"] for delta in deltas_of(events, claim_id) if delta["index"] == index)
+def text_of(events: list[Json], request_id: str = "req-1", index: int = 0) -> str:
+    return "".join(delta["text"] for delta in deltas_of(events, request_id) if delta["index"] == index)
 
 
-def deltas_of(events: list[Json], claim_id: str) -> list[Json]:
-    generated = [event for event in events if event["type"] == "generated" and event["claim_id"] == claim_id]
+def deltas_of(events: list[Json], request_id: str) -> list[Json]:
+    generated = [event for event in events if event["type"] == "generated" and event["request_id"] == request_id]
     return [delta for event in generated for delta in event["deltas"]]
 
 
-def logprobs_of(events: list[Json], claim_id: str = "req-1") -> list[Json]:
-    return [token for delta in deltas_of(events, claim_id) for token in delta.get("logprobs", ())]
+def logprobs_of(events: list[Json], request_id: str = "req-1") -> list[Json]:
+    return [token for delta in deltas_of(events, request_id) for token in delta.get("logprobs", ())]
 
 
 def reference(base_dir: Path, adapter: Path | None, messages: list[dict[str, str]]) -> str:
@@ -177,7 +178,7 @@ def test_end_tokens_that_end_the_answers_are_reported_for_other_engines(
 
     events = drained(requests, directory)
 
-    begun = {event["claim_id"]: event["generation"] for event in events if event["type"] == "answering"}
+    begun = {event["request_id"]: event["generation"] for event in events if event["type"] == "answering"}
     assert begun["chat"] == {"text": {"end_ids": [0]}, "chat": {"end_ids": [0, 2], "template_kwargs": {}}}
     assert begun["text"] == {"text": {"end_ids": [0]}}
     assert used == {"chat/0": [0, 2], "text/0": [0]}
@@ -260,7 +261,7 @@ def test_stop_sequence_ends_an_answer_before_it(make_requests: Any, directory: T
     (finish,) = [
         delta["finish"]
         for event in events
-        if event["type"] == "generated" and event["claim_id"] == "stopped"
+        if event["type"] == "generated" and event["request_id"] == "stopped"
         for delta in event["deltas"]
         if "finish" in delta
     ]
@@ -344,8 +345,8 @@ def test_sharded_base_model_rejects_what_exceeds_one_pass(make_requests: Any, di
     requests.add(body("short", prompts=["word"], max_tokens=None, temperature=1.5))
     events = drained(requests, directory)
 
-    errors = {event["claim_id"]: event["error"] for event in events if event["type"] == "unanswered"}
-    assert {claim_id: error["code"] for claim_id, error in errors.items()} == {
+    errors = {event["request_id"]: event["error"] for event in events if event["type"] == "unanswered"}
+    assert {request_id: error["code"] for request_id, error in errors.items()} == {
         "long": "context_length_exceeded",
         "wide": "context_length_exceeded",
     }
@@ -378,7 +379,7 @@ def test_shortage_of_another_rank_frees_the_kept_adapters_of_this_one_too(
 
     assert list(requests._adapters) == ["", "two"]
     events = drained(requests, directory)
-    assert {event["claim_id"] for event in events if event["type"] == "answered"} == {"first", "base", "second"}
+    assert {event["request_id"] for event in events if event["type"] == "answered"} == {"first", "base", "second"}
 
 
 @pytest.mark.parametrize(("share", "kept"), [(1.0, ["", "one", "two", "three"]), (1e-9, ["", "one", "three"])])
@@ -439,7 +440,7 @@ def test_shortage_of_memory_is_reported_in_terms_of_the_request(
     requests.add(body("adapted", adapter=True))
     events = drained(requests, directory)
 
-    assert {event["claim_id"]: event["error"] for event in events if event["type"] == "unanswered"} == {
+    assert {event["request_id"]: event["error"] for event in events if event["type"] == "unanswered"} == {
         "adapted": {
             "code": "out_of_memory",
             "message": "The adapter does not fit in the free memory of the worker.",
@@ -451,7 +452,7 @@ def test_shortage_of_memory_is_reported_in_terms_of_the_request(
             "remedy": "Shorten the prompt, or lower max_tokens or n.",
         },
     }
-    assert [event["claim_id"] for event in events if event["type"] == "answered"] == ["short"]
+    assert [event["request_id"] for event in events if event["type"] == "answered"] == ["short"]
 
 
 def test_answer_without_a_limit_may_fill_the_context(make_requests: Any, directory: TrainerDirectory) -> None:
@@ -476,7 +477,7 @@ def test_removed_request_reports_nothing_more(make_requests: Any, directory: Tra
     requests.remove("unknown")
     events = drained(requests, directory)[before:]
 
-    assert {event["claim_id"] for event in events} == {"kept"}
+    assert {event["request_id"] for event in events} == {"kept"}
 
 
 def test_request_under_another_claim_is_answered_from_the_beginning(
@@ -509,7 +510,7 @@ def test_many_held_log_probabilities_are_divided_among_events(
     requests.add(body("held", num_logprobs=3, n=2, stop=[held]))
     events = drained(requests, directory)
 
-    of_events = [event for event in events if event["type"] == "generated" and event["claim_id"] == "held"]
+    of_events = [event for event in events if event["type"] == "generated" and event["request_id"] == "held"]
     counts = [sum(len(delta.get("logprobs", ())) for delta in event["deltas"]) for event in of_events]
     assert max(counts) <= 5
     assert sum(counts) == 2 * 12
@@ -533,23 +534,25 @@ def test_ruined_adapter_fails_only_its_own_request(
     events = drained(requests, directory)
 
     failures = [event for event in events if event["type"] == "unanswered"]
-    assert [(event["claim_id"], event["error"]["code"]) for event in failures] == [("bad", "logits_not_finite")]
+    assert [(event["request_id"], event["error"]["code"]) for event in failures] == [("bad", "logits_not_finite")]
     assert text_of(events, "good")
 
 
 def test_trainer_answers_messages_and_then_unloads(directory: TrainerDirectory) -> None:
-    inbox = InboxWriter(directory)
-    inbox.send("answer", **body())
-    inbox.send("answer", **body("gone"))
-    inbox.send("stop_answering", claim_id="gone")
+    worker = WorkerEnd(directory)
+    worker.send("answer", **body())
+    worker.send("answer", **body("gone"))
+    worker.send("stop_answering", request_id="gone")
     settings = directory.settings()
     directory.settings_path.write_text(json.dumps({**settings, "idle_seconds": 0.0}))
 
     main.run(directory)
 
-    types = [event["type"] for event in events_in(directory) if event.get("claim_id") != "gone"]
-    assert types[:2] == ["ready", "answering"]
-    assert types[-3:] == ["answered", "idle", "unloaded"]
+    answers = worker.events()
+    assert {event["request_id"] for event in answers} == {"req-1"}
+    types = [event["type"] for event in answers]
+    assert (types[0], set(types[1:-1]), types[-1]) == ("answering", {"generated"}, "answered")
+    assert [event["type"] for event in events_in(directory)] == ["ready", "idle", "unloaded"]
 
 
 def test_time_is_shared_equally_while_both_have_work() -> None:

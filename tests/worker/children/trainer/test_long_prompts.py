@@ -15,6 +15,7 @@ from lora_core.distributed.ranks import ALONE, Ranks
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from tests import tiny_base
+from tests.worker.inference_requests import WorkerEnd
 from tests.worker.pack_site import events_in
 from tests.worker.trainer_settings import trainer_settings
 from worker.children.tokenizer.text_encoder import BaseText
@@ -22,6 +23,7 @@ from worker.children.trainer import inference, main
 from worker.children.trainer.inference import TOKEN_CHARS, InferenceRequests, TimeShare
 from worker.children.trainer.message_handlers import MessageHandlers
 from worker.children.trainer.message_queue import ANSWER_CHARS, MessageQueue
+from worker.protocol.answer_pipes import TrainerPipes
 from worker.protocol.mailbox import EventWriter, InboxReader, InboxWriter, Json, TrainerDirectory
 
 LONGEST = tiny_base.MAX_POSITIONS * TOKEN_CHARS
@@ -36,14 +38,14 @@ def directory(base_dir: Path, tmp_path: Path) -> TrainerDirectory:
 def requests(base_dir: Path, directory: TrainerDirectory) -> Iterator[InferenceRequests]:
     events, text = EventWriter(directory), BaseText(base_dir)
     engine = Engine(load_base(base_dir, dtype="float32", device="cpu"), EngineConfig())
-    yield InferenceRequests(engine, directory, events, text=lambda: text, free_host_bytes=lambda: 2**26)
+    yield InferenceRequests(engine, directory, events.write, text=lambda: text, free_host_bytes=lambda: 2**26)
     events.close()
 
 
-def body(claim_id: str = "req-1", **fields: Any) -> Any:
+def body(request_id: str = "req-1", **fields: Any) -> Any:
     """Return a greedy request of one token."""
     sampling = {"seed": 0, "temperature": 0.0, "top_p": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
-    given = {"claim_id": claim_id, "model": "tiny", "adapter": None, "max_tokens": 1, "n": 1, "stop": []}
+    given = {"request_id": request_id, "model": "tiny", "adapter": None, "max_tokens": 1, "n": 1, "stop": []}
     return {**given, **sampling, "num_logprobs": None, **fields}
 
 
@@ -128,14 +130,14 @@ class FakeInference:
         self._clock = clock
 
     def add(self, body: Json) -> None:
-        self.begun.append(body["claim_id"])
+        self.begun.append(body["request_id"])
         self._clock(0.5)
 
 
 def test_job_keeps_half_of_the_time_while_clients_send_long_prompts(
     directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    events, inbox, now, num_ticks = EventWriter(directory), InboxWriter(directory), [0.0], [0]
+    events, inbox, now, num_ticks = EventWriter(directory), WorkerEnd(directory), [0.0], [0]
     handlers = MessageHandlers(directory, cast(Engine, BusyEngine()), events)
 
     def clock(seconds: float = 0.0) -> float:
@@ -151,7 +153,7 @@ def test_job_keeps_half_of_the_time_while_clients_send_long_prompts(
     monkeypatch.setattr(inference, "time", SimpleNamespace(monotonic=clock))
     for name, replacement in {"inference": fake, "tick": tick, "report": lambda: None}.items():
         monkeypatch.setattr(handlers, name, replacement)
-    for number in range(100):
+    for number in range(40):
         inbox.send("answer", **body(f"req-{number}", prompts=["a" * ANSWER_CHARS]))
 
     main.train(handlers, busy_at=0.0, idle_seconds=None)
@@ -163,40 +165,42 @@ def test_job_keeps_half_of_the_time_while_clients_send_long_prompts(
 
 @pytest.fixture
 def queue(directory: TrainerDirectory) -> MessageQueue:
-    return MessageQueue(InboxReader(directory), ALONE)
+    pipes = TrainerPipes(directory.requests_path, directory.tokens_path)
+    return MessageQueue(InboxReader(directory), pipes, ALONE)
 
 
 def taken(queue: MessageQueue, answer_chars: float) -> list[str]:
-    return [f"{message.verb} {message.body['claim_id']}" for message in queue.take(answer_chars=answer_chars)]
+    taken = queue.take(answer_chars=answer_chars)
+    return [f"{message.verb} {message.body.get('request_id', 'job')}" for message in taken]
 
 
 def test_answers_wait_in_their_order_and_other_messages_do_not(
     queue: MessageQueue, directory: TrainerDirectory
 ) -> None:
-    inbox = InboxWriter(directory)
-    for claim_id in ("a", "b", "c"):
-        inbox.send("answer", claim_id=claim_id)
-    inbox.send("pause", claim_id="job")
+    inbox = WorkerEnd(directory)
+    for request_id in ("a", "b", "c"):
+        inbox.send("answer", request_id=request_id)
+    InboxWriter(directory).send("pause", claim_id="job")
 
     assert taken(queue, 0) == ["pause job"]
     assert taken(queue, 1) == ["answer a"]
-    inbox.send("answer", claim_id="d")
-    inbox.send("stop_answering", claim_id="b")
-    inbox.send("stop_answering", claim_id="a")
+    inbox.send("answer", request_id="d")
+    inbox.send("stop_answering", request_id="b")
+    inbox.send("stop_answering", request_id="a")
     assert taken(queue, 1) == ["answer c", "stop_answering b", "stop_answering a"]
     assert taken(queue, 1) == ["answer d"]
     assert taken(queue, 1) == []
 
 
-@pytest.mark.parametrize(("num_jobs", "expected"), [(0, ["answer a", "answer b"]), (1, ["answer a", "admit job"])])
+@pytest.mark.parametrize(("num_jobs", "expected"), [(0, ["answer a", "answer b"]), (1, ["admit job", "answer a"])])
 def test_all_answers_begin_at_once_only_while_no_job_trains(
     queue: MessageQueue, directory: TrainerDirectory, num_jobs: int, expected: list[str]
 ) -> None:
-    inbox = InboxWriter(directory)
-    inbox.send("answer", claim_id="a", prompts=["a" * ANSWER_CHARS])
+    inbox = WorkerEnd(directory)
+    inbox.send("answer", request_id="a", prompts=["a" * ANSWER_CHARS])
     for _ in range(num_jobs):
-        inbox.send("admit", claim_id="job")
-    inbox.send("answer", claim_id="b", prompts=["b"])
+        InboxWriter(directory).send("admit", claim_id="job")
+    inbox.send("answer", request_id="b", prompts=["b"])
 
     assert taken(queue, math.inf) == expected
 
@@ -204,10 +208,10 @@ def test_all_answers_begin_at_once_only_while_no_job_trains(
 def test_answers_begin_until_their_prompts_have_the_characters(
     queue: MessageQueue, directory: TrainerDirectory
 ) -> None:
-    inbox = InboxWriter(directory)
-    for claim_id, prompts in {"a": ["abc", "d"], "b": ["abcdef"], "c": ["a"]}.items():
-        inbox.send("answer", claim_id=claim_id, prompts=prompts)
-    inbox.send("answer", claim_id="d", messages=[turn("Hi")])
+    inbox = WorkerEnd(directory)
+    for request_id, prompts in {"a": ["abc", "d"], "b": ["abcdef"], "c": ["a"]}.items():
+        inbox.send("answer", request_id=request_id, prompts=prompts)
+    inbox.send("answer", request_id="d", messages=[turn("Hi")])
 
     assert taken(queue, 5) == ["answer a", "answer b"]
     assert taken(queue, 2) == ["answer c", "answer d"]
@@ -220,10 +224,10 @@ class Follower:
 
     def broadcast(self, value: Any) -> Any:
         assert value == []
-        return [["answer", {"claim_id": "a"}]]
+        return [["answer", {"request_id": "a"}]]
 
 
 def test_other_ranks_handle_the_messages_of_the_leader(directory: TrainerDirectory) -> None:
-    InboxWriter(directory).send("answer", claim_id="never read")
+    WorkerEnd(directory).send("answer", request_id="never read")
 
-    assert taken(MessageQueue(InboxReader(directory), cast(Ranks, Follower())), 0) == ["answer a"]
+    assert taken(MessageQueue(InboxReader(directory), None, cast(Ranks, Follower())), 0) == ["answer a"]
