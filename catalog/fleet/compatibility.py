@@ -19,13 +19,13 @@ from catalog.db.database import Database
 from catalog.errors import Conflict, UnfitWorker
 from catalog.tables.fleet import Service
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Protocol of this code's workers. Increment it if data or files that workers read and write change their meaning."""
-OLDEST_PROTOCOL = 3
+OLDEST_PROTOCOL = 4
 """Oldest protocol that a service of this code supports. Workers with an older one are drained.
 
 Workers of protocol 1 reject a JobSpec with `slice_tokens`, and don't send the token of a reply address. Those of
-protocol 2 reject `evaluation` and `method_options`.
+protocol 2 reject `evaluation` and `method_options`. Those of protocol 3 look for inference requests in the database.
 """
 MIGRATE = "Run `python -m api bootstrap` from this version to migrate the database. Running services can stay up."
 

@@ -234,10 +234,12 @@ def test_a_remote_worker_equals_the_compose_worker_except_its_addresses() -> Non
     there = yaml.safe_load((DEPLOY / "compose" / "worker.yml").read_text("utf-8"))["services"]["worker"]
     here = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))["services"]["worker-gpu"]
 
-    for key in there.keys() - {"build", "hostname", "environment", "volumes"}:
+    for key in there.keys() - {"build", "hostname", "environment", "ports", "volumes"}:
         assert there[key] == here[key], key
     assert there["stop_grace_period"] == f"{TIME_TO_LEAVE}s"
-    assert there["environment"].keys() == here["environment"].keys()
+    assert there["environment"].keys() - {"LORRY_INFERENCE_ADDRESS"} == here["environment"].keys()
+    (ports,) = there["ports"]
+    assert ports.startswith(there["environment"]["LORRY_INFERENCE_ADDRESS"])
     assert there["hostname"].startswith("${WORKER_NAME:?"), "cordons belong to it"
 
 
@@ -245,9 +247,9 @@ def test_the_first_machine_is_reachable_only_at_its_private_address() -> None:
     head = yaml.safe_load((DEPLOY / "compose" / "head.yml").read_text("utf-8"))
     here = yaml.safe_load((ROOT / "docker-compose.yml").read_text("utf-8"))
 
-    assert head["services"].keys() == {"postgres", "redis", "store", "api"}
+    assert head["services"].keys() == {"postgres", "redis", "store"}
     for name, service in head["services"].items():
-        assert service.keys() - {"environment"} == {"ports", "networks"}
+        assert service.keys() == {"ports", "networks"}
         assert all(port.startswith("${PRIVATE_ADDRESS:?") for port in service["ports"])
         assert set(service["networks"]) <= here["networks"].keys() | head["networks"].keys(), name
 
@@ -327,15 +329,17 @@ def test_the_api_is_alive_without_a_database_and_ready_only_with_one() -> None:
     assert container["livenessProbe"]["httpGet"]["path"] == "/healthz"
     assert container["readinessProbe"]["httpGet"]["path"] == "/readyz"
     port = dict(pairwise(container["command"]))["--port"]
-    (replies,) = container["env"]
-    assert replies["name"] == "LORRY_REPLY_ADDRESS"
-    assert container["ports"] == [
-        {"name": "http", "containerPort": int(port)},
-        {"name": "replies", "containerPort": int(replies["value"].removeprefix(":"))},
-    ]
+    assert container["ports"] == [{"name": "http", "containerPort": int(port)}]
 
 
-def test_selectors_match_their_pods_and_only_the_api_is_reachable() -> None:
+def test_workers_accept_inference_requests_at_a_fixed_port() -> None:
+    (container,) = named("StatefulSet", "worker")["spec"]["template"]["spec"]["containers"]
+
+    (address,) = (each["value"] for each in container["env"] if each["name"] == "LORRY_INFERENCE_ADDRESS")
+    assert container["ports"] == [{"name": "inference", "containerPort": int(address.removeprefix(":"))}]
+
+
+def test_selectors_match_their_pods_and_only_the_api_and_the_workers_are_reachable() -> None:
     pods = [template["metadata"]["labels"] for _, template in templates()]
     for manifest in MANIFESTS:
         spec = manifest.get("spec", {})
@@ -346,7 +350,7 @@ def test_selectors_match_their_pods_and_only_the_api_is_reachable() -> None:
     closed = {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
     assert any(policy["spec"] == closed for policy in policies)
     open_to = [policy["metadata"]["name"] for policy in policies if "ingress" in policy["spec"]]
-    assert open_to == ["api"]
+    assert open_to == ["api", "worker"]
     assert {m["metadata"]["name"] for m in MANIFESTS if m["kind"] == "PodDisruptionBudget"} == {"api", "worker"}
 
 
@@ -354,19 +358,21 @@ def test_prometheus_reaches_the_api_and_optional_policies_exist() -> None:
     path = DEPLOY / "kubernetes" / "network.yaml"
     (api,) = [policy for policy in optional(path) if policy["metadata"]["name"] == "api"]
     workers = {"podSelector": {"matchLabels": {"app": "lorry", "part": "worker"}}}
-    *clients, answers = api["spec"]["ingress"]
-    assert answers == {"from": [workers], "ports": [{"protocol": "TCP", "port": "replies"}]}
     namespaces = [
-        rule["from"][0]["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"] for rule in clients
+        rule["from"][0]["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"]
+        for rule in api["spec"]["ingress"]
     ]
     assert namespaces == ["ingress-nginx", "monitoring"]
     opened = {policy["metadata"]["name"]: policy["spec"] for policy in optional(path)}
+    of_api = {"podSelector": {"matchLabels": {"app": "lorry", "part": "api"}}}
+    inference = {"from": [of_api], "ports": [{"protocol": "TCP", "port": "inference"}]}
+    assert opened["worker"]["ingress"] == [inference]
     ports = [port["port"] for rule in opened["out"]["egress"] for port in rule["ports"]]
     assert ports == [53, 53, 5432, 6379, 8001, 443, 4318]
     assert opened["gang"]["podSelector"] == workers["podSelector"]
     assert (opened["gang"]["ingress"], opened["gang"]["egress"]) == ([{"from": [workers]}], [{"to": [workers]}])
     as_it_stands = {policy["metadata"]["name"] for policy in yaml.safe_load_all(path.read_text("utf-8"))}
-    assert as_it_stands == {"nothing", "api", "out"}
+    assert as_it_stands == {"nothing", "api", "worker", "out"}
 
 
 def test_backups_do_not_overlap_and_are_not_in_the_services_own_bucket() -> None:
