@@ -5,7 +5,7 @@ and accepts only the bearer token in the trainer's row. Requests have these furt
 adapter's manifest, or null), `tenant` (whose requests take turns with those of others) and `priority` (1: of a batch).
 The first chunk has `generation`, the settings with which another engine answers in the same way.
 
-An error after the request was accepted is the last event of the stream. Its `code` tells whether the request can be
+An error after the request was accepted is the last event of the stream. Its `code` shows whether the request can be
 sent to another worker: NOT_BEGUN if no trainer began to answer it, INTERRUPTED if the trainer was lost.
 """
 

@@ -96,7 +96,7 @@ class Answer:
         self._events.put_nowait(event)
 
     def abandon(self) -> None:
-        """End `events`: nobody reads them."""
+        """End `events`, because they have no reader."""
         self._events.put_nowait(None)
 
 

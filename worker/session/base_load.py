@@ -40,7 +40,8 @@ class BaseLoad:
         self._end(lambda: task_queue.release(self._context.db, self._claimed))
 
     def _renew(self) -> None:
-        """The heartbeat's thread calls it. A load whose task was lost goes on: its trainer can answer requests."""
+        """The heartbeat's thread calls it. A load whose task was lost continues, because its trainer can
+        answer requests."""
         task_queue.renew(self._context.db, self._claimed, lease_seconds=self._context.settings.lease_seconds)
 
     def _end(self, act: Callable[[], None]) -> None:
