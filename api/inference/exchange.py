@@ -60,7 +60,7 @@ log = logging.getLogger("lorry.api")
 
 @dataclass(kw_only=True, slots=True)
 class EngineRequest:
-    """A request of a client, a batch or a verification. gone: set once nobody waits for the answer any more."""
+    """A request of a client, a batch or a verification. gone: set once the answer has no recipient any more."""
 
     project_id: str
     model: Model

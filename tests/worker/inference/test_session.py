@@ -315,7 +315,7 @@ def test_events_of_answers_show_that_the_trainer_is_active(
     wait_until(is_later)
 
 
-def test_answer_that_nobody_reads_is_abandoned(
+def test_answer_without_a_reader_is_abandoned(
     session: TrainerSession, trainer: TrainerEnd, ask: Callable[..., Asked], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inference, "MAX_QUEUED_BYTES", 10)
