@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Generator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -89,7 +90,10 @@ class Engines:
         self._db, self._pepper, self._notifier, self._client = db, pepper, notifier, client
         self.on_endpoint_lost: Callable[[], None] = lambda: None
         """Called when a serving endpoint has failed to answer."""
+        self._num_open: Counter[str] = Counter()
+        """Requests of clients, by project."""
         self._slots = ProjectSlots(MAX_CONNECTIONS, per_project=CONNECTIONS_OF_PROJECT)
+        """Connections to engines. A request that waits for a trainer has none, so it delays no other project."""
         self._searches: dict[str, TrainerSearch] = {}
         """By pack key."""
 
@@ -104,7 +108,27 @@ class Engines:
 
         only_built_in: no serving endpoint answers.
         """
-        if self._slots.num_users(request.project_id) >= MAX_OPEN:
+        with self._counted(request):
+            route = None if only_built_in or _uses_tools(request.parameters) else await self._route(request)
+            if route is not None:
+                async with self._to_endpoint(request, route) as stream:
+                    lost = await stream.begin(request.wait_seconds, answer)
+                    if lost is None:
+                        answer.engine = route.endpoint_name
+                        yield stream.deltas(answer)
+                        return
+                await self._note(route, lost)
+            async with self._from_trainer(request, answer) as stream:
+                yield stream.deltas(answer)
+
+    @contextmanager
+    def _counted(self, request: EngineRequest) -> Generator[None]:
+        """Raises RateLimited. Batches have limits of their own, and their lines wait."""
+        if request.is_batch:
+            yield
+            return
+        project_id = request.project_id
+        if self._num_open[project_id] >= MAX_OPEN:
             raise RateLimited(
                 f"The project has reached its limit of {MAX_OPEN} open inference requests.",
                 code="too_many_inference_requests",
@@ -112,29 +136,29 @@ class Engines:
                 retry_after_seconds=1,
                 headers={},
             )
-        async with self._slots.slot(request.project_id):
-            route = None if only_built_in or _uses_tools(request.parameters) else await self._route(request)
-            if route is not None:
-                async with self._to_endpoint(request, route) as stream:
-                    lost = await stream.begin(request.wait_seconds)
-                    if lost is None:
-                        answer.engine = route.endpoint_name
-                        yield stream.deltas(answer)
-                        return
-                await self._note(route, lost)
-            async with self._from_trainer(request) as stream:
-                yield stream.deltas(answer)
+        self._num_open[project_id] += 1
+        try:
+            yield
+        finally:
+            self._num_open[project_id] -= 1
+            if not self._num_open[project_id]:
+                del self._num_open[project_id]
 
     async def _route(self, request: EngineRequest) -> ServingRoute | None:
         model = request.model
         find = partial(routes.route_of, self._db, model=model.name, base_digest=model.base_digest)
         return await run_in_threadpool(partial(find, kind=request.kind, pepper=self._pepper))
 
-    def _to_endpoint(self, request: EngineRequest, route: ServingRoute) -> Stream:
+    @asynccontextmanager
+    async def _to_endpoint(self, request: EngineRequest, route: ServingRoute) -> AsyncGenerator[Stream]:
         server = ServerAddress(url=route.url, api_key=route.api_key)
         salt, settings = self._tenant(request), route.settings
         path, body = request_of(request.parameters, served_model=route.served_model, settings=settings, cache_salt=salt)
-        return Stream(self._client, server, path, body, gone=request.gone)
+        async with (
+            self._slots.slot(request.project_id),
+            Stream(self._client, server, path, body, gone=request.gone) as stream,
+        ):
+            yield stream
 
     def _tenant(self, request: EngineRequest) -> str:
         return self._pepper.digest(f"prefixes of {request.project_id}")
@@ -152,7 +176,7 @@ class Engines:
         self.on_endpoint_lost()
 
     @asynccontextmanager
-    async def _from_trainer(self, request: EngineRequest) -> AsyncGenerator[Stream]:
+    async def _from_trainer(self, request: EngineRequest, answer: PartialAnswer) -> AsyncGenerator[Stream]:
         """Yield the stream of a trainer that has begun to answer."""
         loop = asyncio.get_running_loop()
         until, num_lost = loop.time() + request.wait_seconds, 0
@@ -169,9 +193,12 @@ class Engines:
                 tenant=self._tenant(request),
                 priority=int(request.is_batch),
             )
-            async with Stream(self._client, server, path, body, gone=request.gone) as stream:
+            async with (
+                self._slots.slot(request.project_id),
+                Stream(self._client, server, path, body, gone=request.gone) as stream,
+            ):
                 try:
-                    lost = await stream.begin(until - loop.time())
+                    lost = await stream.begin(until - loop.time(), answer)
                 except TimeoutError:
                     raise await self._why_unanswered(request) from None
                 if lost is None:
@@ -231,7 +258,7 @@ class Stream:
         self._is_chat = "messages" in body
         self._chunks: asyncio.Queue[Json | EndpointFailure | None] = asyncio.Queue(maxsize=MAX_UNREAD)
         """None follows the last chunk."""
-        self._first: Json | None = None
+        self._first: list[Delta] = []
         self._counts: dict[int, int] = {}
         """Tokens of each choice so far."""
         self._gone = gone
@@ -247,33 +274,45 @@ class Stream:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
 
-    async def begin(self, seconds: float) -> EndpointFailure | None:
-        """Wait for the first chunk. Returns why there is none. Raises ClientGone and TimeoutError."""
+    async def begin(self, seconds: float, answer: PartialAnswer) -> EndpointFailure | None:
+        """Wait for the first token. Returns why there is none. Raises ClientGone, TimeoutError, and LorryError.
+
+        The first chunk of a worker has no token: it reports that the trainer has begun.
+        """
         async with asyncio.timeout(seconds):
-            found = await self._next()
-        if isinstance(found, EndpointFailure):
-            return found
-        if found is None:
-            return EndpointFailure("The server's answer is empty.", kind="refused")
-        self._first = found
-        return None
+            while True:
+                found = await self._next()
+                if found is None:
+                    found = EndpointFailure("The server's answer is empty.", kind="refused")
+                if isinstance(found, EndpointFailure):
+                    answer.has_begun, answer.prompt_tokens = False, 0
+                    return found
+                self._first, answer.has_begun = self._parsed(found, answer), True
+                if found.get("choices"):
+                    return None
 
     async def deltas(self, answer: PartialAnswer) -> AsyncGenerator[Delta]:
         """Yield what each chunk adds. Raises ClientGone, and LorryError if the answer is interrupted."""
-        answer.has_begun = True
-        chunk: Json | EndpointFailure | None = self._first
-        while chunk is not None:
-            if isinstance(chunk, EndpointFailure):
-                raise _ended(chunk, is_chat=self._is_chat)
-            try:
-                deltas = [self._delta(choice) for choice in chunk.get("choices") or ()]
-                self._note_usage(chunk, answer)
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
-                raise _interrupted("The server sent a chunk in another format.") from error
+        deltas = self._first
+        while True:
             for delta in deltas:
                 if delta.text or delta.logprobs or delta.finish:
                     yield delta
             chunk = await self._next()
+            if chunk is None:
+                return
+            if isinstance(chunk, EndpointFailure):
+                raise _ended(chunk, is_chat=self._is_chat)
+            deltas = self._parsed(chunk, answer)
+
+    def _parsed(self, chunk: Json, answer: PartialAnswer) -> list[Delta]:
+        """Return what a chunk adds, and note the tokens so far."""
+        try:
+            deltas = [self._delta(choice) for choice in chunk.get("choices") or ()]
+            self._note_usage(chunk, answer)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise _interrupted("The server sent a chunk in another format.") from error
+        return deltas
 
     def _delta(self, choice: Json) -> Delta:
         finish: str | None = choice.get("finish_reason")

@@ -48,44 +48,48 @@ class TrainerSearch:
         return future
 
     async def _run(self) -> None:
-        """Search until a trainer is found, or no request waits any more."""
+        """Search until a trainer is found, the load has failed, or no request waits any more."""
         loop = asyncio.get_running_loop()
         asked_at, was_for_clients, since = -math.inf, False, math.inf
         while self._waiting:
             try:
                 found, now = await run_in_threadpool(engines.trainers_of, self._db, self._model.pack_key)
                 since = min(since, now)
-                if found:
-                    self._end(found)
-                    return
                 is_for_clients = not all(self._waiting.values())
-                if loop.time() - asked_at >= ASK_SECONDS or is_for_clients > was_for_clients:
+                is_due = loop.time() - asked_at >= ASK_SECONDS or is_for_clients > was_for_clients
+                if not found and is_due:
                     asked_at, was_for_clients = loop.time(), is_for_clients
-                    await self._ask(since, is_batch=not is_for_clients)
+                    found = await self._ask(since, is_batch=not is_for_clients)
             except Unavailable as error:
                 log.warning("trainer search code=%s", error.code)
-            except Exception as error:
+                found = []
+            except Exception:
                 log.exception("crash in the search for a trainer")
-                self._end(error)
+                found = RuntimeError("the search failed")
+            if found:
+                self._end(found)
+                return  # a later request begins another search, which may have the base model loaded again
             await asyncio.sleep(LOOK_SECONDS)
 
-    async def _ask(self, since: float, *, is_batch: bool) -> None:
-        want = partial(engines.want, self._db, self._model, since=since, is_batch=is_batch)
+    async def _ask(self, since: float, *, is_batch: bool) -> list[TrainerAddress] | LorryError:
+        """Ask workers to load the base model. Returns why none of them could; otherwise no trainers."""
         try:
-            error = await run_in_threadpool(want)
+            error = await run_in_threadpool(
+                partial(engines.want, self._db, self._model, since=since, is_batch=is_batch)
+            )
         except NoWorker as refusal:
             self._end(refusal, clients_only=True)
-            return
-        if error is None:
-            self._wake_workers()
-        else:
-            self._end(failure(error, prompt="model"))
+            return []
+        if error is not None:
+            return failure(error, prompt="model")
+        self._wake_workers()
+        return []
 
     def _end(self, found: list[TrainerAddress] | Exception, *, clients_only: bool = False) -> None:
         for future, is_batch in list(self._waiting.items()):
             if future.done() or (clients_only and is_batch):
                 continue
             if isinstance(found, Exception):
-                future.set_exception(found if isinstance(found, LorryError) else RuntimeError("the search failed"))
+                future.set_exception(found)
             else:
                 future.set_result(found)

@@ -29,10 +29,6 @@ class ProjectSlots:
             if not self._users[project_id]:
                 del self._users[project_id], self._of_project[project_id]
 
-    def num_users(self, project_id: str) -> int:
-        """Return how many of the project have a slot or wait for one."""
-        return self._users[project_id]
-
     def is_full(self, project_id: str) -> bool:
         """Return whether the project would have to wait now."""
         own = self._of_project.get(project_id)

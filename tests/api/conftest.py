@@ -66,8 +66,8 @@ def no_polls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture(autouse=True)
 def no_batch_polls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Disable polls for batches, which execute additional statements, except in tests that use `batch_worker`."""
-    if "batch_worker" not in request.fixturenames:
+    """Disable polls for batches, which execute additional statements, except in tests that use `batch_trainer`."""
+    if "batch_trainer" not in request.fixturenames:
         monkeypatch.setattr(batch_loop, "LOOK_SECONDS", 3600.0)
         monkeypatch.setattr(batch_loop.BatchRunner, "wake", lambda _: None)
 

@@ -1,6 +1,6 @@
-"""A server with vLLM's routes and error objects on loopback, and a worker's trainer that answers inference requests.
+"""A server with vLLM's routes and error objects on loopback, and a worker whose trainer gives the same answers.
 
-Both give the same answers, which depend on the model's name. The formats are those of vLLM 0.32.
+They depend on the model's name. The formats are those of vLLM 0.32.
 """
 
 from __future__ import annotations
@@ -9,18 +9,16 @@ import hashlib
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 from catalog.db.database import Database
-from catalog.inference import claims
-from catalog.inference.claims import InferenceClaim
 from catalog.resources.pack_key import pack_key
-from tests.catalog.world import LEASE
-from worker.session.reply_connections import ReplyConnections
+from catalog.settings import Settings
+from tests.api.fake_trainer import FakeTrainer, Step, begun, ended, failed, said
 
 Json = dict[str, Any]
 PROMPT_TOKENS = 12
@@ -271,57 +269,27 @@ def serving(fake: FakeVllm, *, port: int = 0) -> Iterator[FakeVllm]:
         server.server_close()
 
 
-class FakeTrainer:
-    """Claims inference requests like a worker's trainer, and answers them with `tokens_of` their model.
+class ReferenceTrainer(FakeTrainer):
+    """Answers like FakeVllm, with `tokens_of` the model.
 
     `answered`: the models of answered requests. has_template: False: chat requests fail.
     """
 
-    def __init__(self, db: Database, base_digests: list[str], *, has_template: bool = True) -> None:
+    def __init__(self, db: Database, settings: Settings, *, digest: str) -> None:
+        super().__init__(db, settings, digest=digest, key=pack_key(digest, "bfloat16"))
         self.answered: list[str] = []
-        self.has_template = has_template
-        self._db = db
-        self._keys = [pack_key(digest, "bfloat16") for digest in base_digests]
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run)
+        self.has_template = True
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._stop.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        connections = ReplyConnections()
-        while not self._stop.wait(0.01):
-            for key in self._keys:
-                with suppress(Exception):  # the database closes at the end of a test
-                    found = claims.claim(self._db, worker_id="w1", pack_key=key, limit=8, lease_seconds=LEASE)
-                    for claim in found:
-                        self._answer(connections, claim)
-        connections.close()
-
-    def _answer(self, connections: ReplyConnections, claim: InferenceClaim) -> None:
-        assert claim.body is not None
-        is_chat = "messages" in claim.body
-        model = claim.body["model"] if claim.adapter is not None else "base"
-        events: list[Json]
-        if is_chat and not self.has_template:
-            error = {"code": "base_has_no_chat_template", "message": "No template.", "remedy": "Use a text."}
-            events = [{"type": "unanswered", "error": error}]
-        else:
-            limit = claim.body["max_tokens"] or 6
-            kinds = ("text", "chat") if is_chat else ("text",)
-            generation = {kind: GENERATION[kind] for kind in kinds}
-            tokens = tokens_of(model)[:limit]
-            deltas = [{"index": 0, "text": token["token"], "logprobs": [token]} for token in tokens]
-            deltas[-1] |= {"finish": "length"}
-            events = [
-                {"type": "answering", "prompt_tokens": PROMPT_TOKENS, "generation": generation},
-                *({"type": "generated", "deltas": [delta]} for delta in deltas),
-                {"type": "answered", "completion_tokens": len(tokens)},
-            ]
+    def steps(self, request: Json) -> Iterator[Step]:
+        model = request["model"] if request["adapter"] is not None else "base"
         self.answered.append(model)
-        for event in events:
-            connections.send(claim.reply_to, request_id=claim.request_id, claim_id=claim.claim_id, event=event)
+        is_chat = "messages" in request
+        if is_chat and not self.has_template:
+            yield failed("base_has_no_chat_template")
+            return
+        yield begun(PROMPT_TOKENS, **{kind: GENERATION[kind] for kind in ("text", "chat") if is_chat or kind == "text"})
+        tokens = tokens_of(model)[: request["max_tokens"] or 6]
+        for number, token in enumerate(tokens, 1):
+            finish = "length" if number == len(tokens) else None
+            yield said(token["token"], number, logprobs=[token], finish=finish)
+        yield ended(len(tokens))

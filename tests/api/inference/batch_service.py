@@ -1,26 +1,21 @@
-"""For tests of batches: a client, and a worker that claims inference requests as a trainer does, and answers with the
-last prompt."""
+"""For tests of batches: a client, and a trainer that answers with the last prompt."""
 
 from __future__ import annotations
 
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import openai
 
 from catalog.db.database import Database, read_clock
-from catalog.inference import claims
-from catalog.inference.claims import InferenceClaim
-from catalog.resources.pack_key import pack_key
+from catalog.settings import Settings
 from catalog.usage import report
+from tests.api.fake_trainer import FakeTrainer, Json, Step, begun, ended, failed, prompt_of, said
 from tests.api.site import Site, until
-from tests.catalog.world import LEASE, World, sha
-from worker.session.reply_connections import ReplyConnections
+from tests.catalog.world import World
 
-KEY = pack_key(sha("smol"), "bfloat16")
 CHAT_URL = "/v1/chat/completions"
 ENDED = {"completed", "failed", "cancelled", "expired"}
 
@@ -63,77 +58,33 @@ def text_of(row: dict[str, Any]) -> str:
     return row["response"]["body"]["choices"][0]["message"]["content"]
 
 
-class BatchWorker:
+class BatchTrainer(FakeTrainer):
     """Answers requests with their prompts in capital letters."""
 
-    def __init__(self, db: Database) -> None:
-        self._db = db
-        self._stopping = threading.Event()
+    def __init__(self, db: Database, settings: Settings) -> None:
+        super().__init__(db, settings)
         self.gate = threading.Event()
-        """While it is not set, nothing is claimed."""
+        """While it is not set, no request is answered."""
         self.gate.set()
-        self.error: Callable[[str], dict[str, Any] | None] = lambda _: None
-        """Returns the error of a prompt, or None."""
+        self.error: Callable[[str], str | None] = lambda _: None
+        """Returns the error code of a prompt, or None."""
         self.holds: Callable[[str], bool] = lambda _: False
-        """Whether a request with this prompt is claimed, but never answered."""
+        """Whether a request with this prompt is accepted, but never answered."""
         self.suspends: Callable[[str], bool] = lambda _: False
         """Whether the answer to this prompt begins, but ends only after `resuming` is set."""
         self.resuming = threading.Event()
-        self._suspended: list[InferenceClaim] = []
-        self.prompts: list[str] = []
-        """The prompts of all claimed requests."""
-        self._connections = ReplyConnections()
 
-    def run(self) -> None:
-        while not self._stopping.wait(0.01):
-            if self.gate.is_set():
-                for claim in claims.claim(self._db, worker_id="w1", pack_key=KEY, limit=100, lease_seconds=LEASE):
-                    self._answer(claim)
-            while self.resuming.is_set() and self._suspended:
-                self._complete(self._suspended.pop(0))
-        self._connections.close()
-
-    def stop(self) -> None:
-        self._stopping.set()
-
-    def _answer(self, claim: InferenceClaim) -> None:
-        prompt = _prompt(claim)
-        self.prompts.append(prompt)
-        if self.holds(prompt):
-            return
-        self._send(claim, {"type": "answering", "prompt_tokens": 2})
-        if (error := self.error(prompt)) is not None:
-            self._send(claim, {"type": "unanswered", "error": error})
+    def steps(self, request: Json) -> Iterator[Step]:
+        prompt = prompt_of(request)
+        yield threading.Event() if self.holds(prompt) else self.gate
+        yield begun()
+        if (code := self.error(prompt)) is not None:
+            yield failed(code)
             return
         if self.suspends(prompt):
-            self._suspended.append(claim)
-            return
-        self._complete(claim)
-
-    def _complete(self, claim: InferenceClaim) -> None:
-        delta = {"index": 0, "text": _prompt(claim).upper(), "finish": "stop"}
-        self._send(claim, {"type": "generated", "deltas": [delta]})
-        self._send(claim, {"type": "answered", "completion_tokens": 3})
-
-    def _send(self, claim: InferenceClaim, event: dict[str, Any]) -> None:
-        self._connections.send(claim.reply_to, request_id=claim.request_id, claim_id=claim.claim_id, event=event)
-
-
-def _prompt(claim: InferenceClaim) -> str:
-    assert claim.body is not None
-    return claim.body["prompts"][0] if "prompts" in claim.body else claim.body["messages"][-1]["content"]
-
-
-@contextmanager
-def answering(db: Database) -> Iterator[BatchWorker]:
-    worker = BatchWorker(db)
-    thread = threading.Thread(target=worker.run, daemon=True)
-    thread.start()
-    try:
-        yield worker
-    finally:
-        worker.stop()
-        thread.join(20)
+            yield self.resuming
+        yield said(prompt.upper(), 3, finish="stop")
+        yield ended(3)
 
 
 def used_tokens(db: Database, world: World) -> tuple[float, float, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import openai
 import pytest
@@ -11,10 +10,10 @@ import pytest
 from api.deps import Services
 from api.inference import batch_lease, batch_lines, batch_loop
 from api.inference.answer import PartialAnswer
-from tests.api.inference.batch_service import BatchWorker, answering, strict_client
+from tests.api.fake_trainer import serving
+from tests.api.inference.batch_service import BatchTrainer, strict_client
 from tests.api.site import Site
 from tests.catalog.world import World
-from worker.session.reply_connections import ReplyConnections
 
 
 @pytest.fixture
@@ -27,14 +26,15 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def batch_worker(world: World, services: Services) -> Iterator[BatchWorker]:
+def batch_trainer(world: World, services: Services) -> Iterator[BatchTrainer]:
     world.worker()
-    with answering(services.db) as worker:
-        yield worker
+    trainer = BatchTrainer(services.db, services.settings)
+    with serving(trainer):
+        yield trainer
 
 
 @pytest.fixture
-def client(site: Site, batch_worker: BatchWorker) -> Iterator[openai.OpenAI]:
+def client(site: Site, batch_trainer: BatchTrainer) -> Iterator[openai.OpenAI]:
     with strict_client(site, site.key) as client:
         yield client
 
@@ -43,23 +43,10 @@ def client(site: Site, batch_worker: BatchWorker) -> Iterator[openai.OpenAI]:
 def num_begun(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
     """Return a function that returns the number of answers that have begun for their batch."""
     answers: list[PartialAnswer] = []
-    deltas_of = batch_lines.deltas_of
 
-    def noted(reply: Any, answer: PartialAnswer, **given: Any) -> Any:
-        answers.append(answer)
-        return deltas_of(reply, answer, **given)
+    def noted() -> PartialAnswer:
+        answers.append(PartialAnswer())
+        return answers[-1]
 
-    monkeypatch.setattr(batch_lines, "deltas_of", noted)
+    monkeypatch.setattr(batch_lines, "PartialAnswer", noted)
     return lambda: sum(answer.has_begun for answer in answers)
-
-
-@pytest.fixture
-def worker(world: World) -> None:
-    world.worker()
-
-
-@pytest.fixture
-def connections() -> Iterator[ReplyConnections]:
-    made = ReplyConnections()
-    yield made
-    made.close()

@@ -11,7 +11,7 @@ import pytest
 from api.deps import Services
 from api.inference import batch_lines
 from catalog.tables.batches import Batch
-from tests.api.inference.batch_service import BatchWorker, counts, create, input_line, rows_of, used_tokens, wait
+from tests.api.inference.batch_service import BatchTrainer, counts, create, input_line, rows_of, used_tokens, wait
 from tests.api.site import until
 from tests.catalog.world import World
 
@@ -21,14 +21,14 @@ pytestmark = pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("end", ["cancelled", "expired"])
 def test_tokens_of_interrupted_answers_count(
     client: openai.OpenAI,
-    batch_worker: BatchWorker,
+    batch_trainer: BatchTrainer,
     services: Services,
     world: World,
     num_begun: Callable[[], int],
     end: str,
 ) -> None:
-    batch_worker.suspends = lambda prompt: prompt == "suspended"
-    batch_worker.holds = lambda prompt: prompt == "held"
+    batch_trainer.suspends = lambda prompt: prompt == "suspended"
+    batch_trainer.holds = lambda prompt: prompt == "held"
     made = create(client, input_line("a"), input_line("b", "suspended"), input_line("c", "held"))
     until(lambda: counts(client.batches.retrieve(made.id)) == (3, 1, 0))
     until(lambda: num_begun() == 2)
@@ -47,7 +47,11 @@ def test_tokens_of_interrupted_answers_count(
 
 
 def test_line_whose_answer_crashes_fails_alone_and_counts(
-    client: openai.OpenAI, services: Services, world: World, batch_worker: BatchWorker, monkeypatch: pytest.MonkeyPatch
+    client: openai.OpenAI,
+    services: Services,
+    world: World,
+    batch_trainer: BatchTrainer,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     success_result = batch_lines.success_result
 
@@ -60,7 +64,7 @@ def test_line_whose_answer_crashes_fails_alone_and_counts(
 
     assert (batch.status, *counts(batch)) == ("completed", 3, 2, 1)
     assert used_tokens(services.db, world) == (3, 6, 9)
-    assert len(batch_worker.prompts) == 3
+    assert len(batch_trainer.prompts) == 3
     (row,) = rows_of(client, batch.error_file_id)
     error = row["response"]["body"]["error"]
     assert (row["custom_id"], row["response"]["status_code"], error["code"]) == ("b", 500, "internal_error")

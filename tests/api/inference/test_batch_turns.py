@@ -12,27 +12,29 @@ from api.inference import batch_lines, batch_loop
 from catalog.batches import execution
 from catalog.db.database import Database
 from catalog.tables.tenancy import Project
-from tests.api.inference.batch_service import BatchWorker, counts, create, input_line, strict_client, wait
+from tests.api.inference.batch_service import BatchTrainer, counts, create, input_line, strict_client, wait
 from tests.api.site import Site, until
 from tests.catalog.world import World
 
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-def test_batches_take_turns(client: openai.OpenAI, batch_worker: BatchWorker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_take_turns(
+    client: openai.OpenAI, batch_trainer: BatchTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(batch_loop, "MAX_BATCHES", 1)
     monkeypatch.setattr(batch_lines, "TURN_SECONDS", 0.0)
     monkeypatch.setattr(batch_lines, "LINES_AT_ONCE", 2)
     monkeypatch.setattr(batch_lines, "MAX_IN_FLIGHT", 2)  # the first batch waits until both exist
-    batch_worker.gate.clear()
+    batch_trainer.gate.clear()
     first = create(client, *(input_line(str(n), f"first {n}") for n in range(20)))
     second = create(client, *(input_line(str(n), f"second {n}") for n in range(2)))
-    batch_worker.gate.set()
+    batch_trainer.gate.set()
 
     wait(client, first.id)
     wait(client, second.id)
 
-    order = [prompt.partition(" ")[0] for prompt in batch_worker.prompts]
+    order = [prompt.partition(" ")[0] for prompt in batch_trainer.prompts]
     assert order[:20] != ["first"] * 20
     assert (order.count("first"), order.count("second")) == (20, 2)
 
@@ -44,7 +46,7 @@ def test_batch_that_can_not_progress_lets_others_continue(
     stranger_key: str,
     services: Services,
     world: World,
-    batch_worker: BatchWorker,
+    batch_trainer: BatchTrainer,
     monkeypatch: pytest.MonkeyPatch,
     num_lines: int,
 ) -> None:
@@ -61,7 +63,7 @@ def test_batch_that_can_not_progress_lets_others_continue(
         assert wait(other, create(other, input_line("a", "theirs")).id).status == "completed"
 
     assert client.batches.retrieve(stuck.id).status == "in_progress"
-    assert set(batch_worker.prompts) == {"theirs"}  # on a slow machine, its turn may end before the worker's answer
+    assert set(batch_trainer.prompts) == {"theirs"}  # on a slow machine, its turn may end before the worker's answer
 
 
 @pytest.fixture
@@ -83,35 +85,35 @@ def observed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], int]:
 
 
 def test_answer_that_takes_longer_than_a_turn_is_not_stopped(
-    client: openai.OpenAI, batch_worker: BatchWorker, observed: Callable[[], int], num_begun: Callable[[], int]
+    client: openai.OpenAI, batch_trainer: BatchTrainer, observed: Callable[[], int], num_begun: Callable[[], int]
 ) -> None:
-    batch_worker.suspends = lambda prompt: prompt == "long"
+    batch_trainer.suspends = lambda prompt: prompt == "long"
     first = create(client, input_line("a", "long"))
     until(lambda: num_begun() == 1)
     second = create(client, input_line("b", "short"))
     until(lambda: observed() >= 3)
 
-    batch_worker.resuming.set()
+    batch_trainer.resuming.set()
 
     assert counts(wait(client, first.id)) == (1, 1, 0)
     assert counts(wait(client, second.id)) == (1, 1, 0)
-    assert batch_worker.prompts == ["long", "short"]
+    assert batch_trainer.prompts == ["long", "short"]
 
 
 def test_only_requests_without_an_answer_are_stopped_and_sent_again(
-    client: openai.OpenAI, batch_worker: BatchWorker, observed: Callable[[], int], num_begun: Callable[[], int]
+    client: openai.OpenAI, batch_trainer: BatchTrainer, observed: Callable[[], int], num_begun: Callable[[], int]
 ) -> None:
-    batch_worker.suspends = lambda prompt: prompt == "long"
-    batch_worker.holds = lambda prompt: prompt == "held"
+    batch_trainer.suspends = lambda prompt: prompt == "long"
+    batch_trainer.holds = lambda prompt: prompt == "held"
     first = create(client, input_line("a", "long"), input_line("b", "held"))
-    until(lambda: num_begun() == 1 and "held" in batch_worker.prompts)
-    batch_worker.holds = lambda _: False
+    until(lambda: num_begun() == 1 and "held" in batch_trainer.prompts)
+    batch_trainer.holds = lambda _: False
     second = create(client, input_line("c", "short"))
     until(lambda: observed() >= 3)
 
-    batch_worker.resuming.set()
+    batch_trainer.resuming.set()
 
     assert counts(wait(client, second.id)) == (1, 1, 0)
     assert counts(wait(client, first.id)) == (2, 2, 0)
-    assert batch_worker.prompts.count("long") == 1
-    assert batch_worker.prompts.count("held") >= 2
+    assert batch_trainer.prompts.count("long") == 1
+    assert batch_trainer.prompts.count("held") >= 2

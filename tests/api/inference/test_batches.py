@@ -26,15 +26,14 @@ from catalog.batches import execution
 from catalog.db.database import Database
 from catalog.settings import Settings
 from catalog.tables.batches import Batch, BatchLine
-from catalog.tables.inference import InferenceRequest
 from catalog.tables.storage import File
 from catalog.tables.tasks import Task
 from catalog.tables.tenancy import Project
 from catalog.tasks.task_queue import TaskKind
+from tests.api.fake_trainer import serving
 from tests.api.inference.batch_service import (
     CHAT_URL,
-    BatchWorker,
-    answering,
+    BatchTrainer,
     counts,
     create,
     input_line,
@@ -45,7 +44,6 @@ from tests.api.inference.batch_service import (
     used_tokens,
     wait,
 )
-from tests.api.inference.reply_service import open_requests
 from tests.api.site import Site, error_of, running, until
 from tests.catalog.world import World
 
@@ -53,7 +51,7 @@ pytestmark = pytest.mark.usefixtures("quick")
 
 
 def test_batch_is_answered_in_the_order_of_the_input(
-    client: openai.OpenAI, services: Services, world: World, batch_worker: BatchWorker
+    client: openai.OpenAI, services: Services, world: World, batch_trainer: BatchTrainer
 ) -> None:
     made = create(client, *(input_line(f"id-{n}", f"text {n}") for n in range(100)), metadata={"run": "a"})
     batch = wait(client, made.id)
@@ -78,7 +76,7 @@ def test_batch_is_answered_in_the_order_of_the_input(
 
 def any_left(services: Services) -> bool:
     with services.db.read() as session:
-        return any(session.scalar(select(table).limit(1)) is not None for table in (BatchLine, InferenceRequest))
+        return session.scalar(select(BatchLine).limit(1)) is not None
 
 
 def test_large_answers_do_not_delay_other_clients(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,9 +103,8 @@ def test_texts_are_completed_too(client: openai.OpenAI) -> None:
     assert row["response"]["body"]["choices"][0]["text"] == "ONE"
 
 
-def test_requests_that_fail_are_in_the_error_file(client: openai.OpenAI, batch_worker: BatchWorker) -> None:
-    error = {"code": "context_length_exceeded", "message": "Too long.", "remedy": "Shorten it."}
-    batch_worker.error = lambda prompt: error if prompt == "bad" else None
+def test_requests_that_fail_are_in_the_error_file(client: openai.OpenAI, batch_trainer: BatchTrainer) -> None:
+    batch_trainer.error = lambda prompt: "context_length_exceeded" if prompt == "bad" else None
     batch = wait(client, create(client, input_line("a"), input_line("b", "bad"), input_line("c")).id)
 
     assert (batch.status, *counts(batch)) == ("completed", 3, 2, 1)
@@ -137,7 +134,7 @@ INVALID: list[tuple[Any, str, str | None]] = [
 ]
 
 
-def test_each_invalid_line_is_named_and_nothing_is_answered(client: openai.OpenAI, batch_worker: BatchWorker) -> None:
+def test_each_invalid_line_is_named_and_nothing_is_answered(client: openai.OpenAI, batch_trainer: BatchTrainer) -> None:
     batch = wait(client, create(client, input_line("first"), b"", *(row for row, _, _ in INVALID)).id)
 
     assert (batch.status, batch.output_file_id, batch.error_file_id) == ("failed", None, None)
@@ -147,7 +144,7 @@ def test_each_invalid_line_is_named_and_nothing_is_answered(client: openai.OpenA
         (code, param, number) for number, (_, code, param) in enumerate(INVALID, 3)
     ]
     assert all(error.message for error in batch.errors.data)
-    assert batch_worker.prompts == []
+    assert batch_trainer.prompts == []
 
 
 def test_number_of_lines_and_of_errors_is_limited(client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,9 +163,9 @@ def test_number_of_lines_and_of_errors_is_limited(client: openai.OpenAI, monkeyp
 
 
 def test_cancelled_batch_keeps_the_answers_that_it_has(
-    client: openai.OpenAI, batch_worker: BatchWorker, services: Services, world: World
+    client: openai.OpenAI, batch_trainer: BatchTrainer, services: Services, world: World
 ) -> None:
-    batch_worker.holds = lambda prompt: prompt == "held"
+    batch_trainer.holds = lambda prompt: prompt == "held"
     made = create(client, input_line("a"), input_line("b", "held"), input_line("c"))
     until(lambda: counts(client.batches.retrieve(made.id)) == (3, 2, 0))
 
@@ -187,7 +184,7 @@ def test_cancelled_batch_keeps_the_answers_that_it_has(
 
 
 def test_cancelled_batch_waits_for_an_answer_that_is_being_stored(
-    client: openai.OpenAI, batch_worker: BatchWorker, monkeypatch: pytest.MonkeyPatch
+    client: openai.OpenAI, batch_trainer: BatchTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If it did not wait, it would end the batch before the lease is renewed several times."""
     storing, continuing = threading.Event(), threading.Event()
@@ -226,12 +223,12 @@ def test_cancelled_batch_waits_for_an_answer_that_is_being_stored(
 @pytest.mark.parametrize("is_validated", [False, True])
 def test_batch_that_expires_keeps_the_answers_that_it_has(
     client: openai.OpenAI,
-    batch_worker: BatchWorker,
+    batch_trainer: BatchTrainer,
     services: Services,
     monkeypatch: pytest.MonkeyPatch,
     is_validated: bool,
 ) -> None:
-    batch_worker.holds = lambda prompt: prompt == "held"
+    batch_trainer.holds = lambda prompt: prompt == "held"
     if not is_validated:
         monkeypatch.setattr("catalog.batches.commands.WINDOW_SECONDS", -1.0)
     made = create(client, input_line("a"), input_line("b", "held"))
@@ -248,12 +245,12 @@ def test_batch_that_expires_keeps_the_answers_that_it_has(
 
 
 def test_another_process_continues_without_repeating_finished_lines(
-    services: Services, client: openai.OpenAI, batch_worker: BatchWorker, world: World
+    services: Services, client: openai.OpenAI, batch_trainer: BatchTrainer, world: World
 ) -> None:
-    batch_worker.holds = lambda prompt: prompt == "held"
+    batch_trainer.holds = lambda prompt: prompt == "held"
     made = create(client, input_line("a", "one"), input_line("b", "held"), input_line("c", "two"))
     until(lambda: counts(client.batches.retrieve(made.id)) == (3, 2, 0))
-    batch_worker.holds = lambda _: False
+    batch_trainer.holds = lambda _: False
 
     with services.db.write() as session:  # as if another process had taken over, and was lost
         task = session.get_one(Task, (TaskKind.BATCH, made.id))
@@ -262,30 +259,31 @@ def test_another_process_continues_without_repeating_finished_lines(
 
     assert (batch.status, *counts(batch)) == ("completed", 3, 3, 0)
     assert [row["custom_id"] for row in rows_of(client, batch.output_file_id)] == ["a", "b", "c"]
-    assert sorted(batch_worker.prompts) == ["held", "held", "one", "two"]
+    assert sorted(batch_trainer.prompts) == ["held", "held", "one", "two"]
     assert used_tokens(services.db, world) == (3, 6, 9)
 
 
 def test_restarted_server_continues(settings: Settings, key: str, world: World, services: Services) -> None:
     world.worker()
-    with answering(services.db) as worker:
-        worker.holds = lambda prompt: prompt == "held"
+    trainer = BatchTrainer(services.db, settings)
+    with serving(trainer):
+        trainer.holds = lambda prompt: prompt == "held"
         app = create_app(settings, ApiSettings(requests_per_minute=0))
         with running(app, key) as first, strict_client(first, key) as client:
             made = create(client, input_line("a", "one"), input_line("b", "held"))
             until(lambda: counts(client.batches.retrieve(made.id)) == (2, 1, 0))
-        worker.holds = lambda _: False
+        trainer.holds = lambda _: False
         again = create_app(settings, ApiSettings(requests_per_minute=0))
         with running(again, key) as second, strict_client(second, key) as client:
             batch = wait(client, made.id)
             texts = [text_of(row) for row in rows_of(client, batch.output_file_id)]
 
     assert (batch.status, texts) == ("completed", ["ONE", "HELD"])
-    assert sorted(worker.prompts) == ["held", "held", "one"]
+    assert sorted(trainer.prompts) == ["held", "held", "one"]
 
 
 def test_batch_waits_for_tokens(
-    client: openai.OpenAI, services: Services, world: World, batch_worker: BatchWorker
+    client: openai.OpenAI, services: Services, world: World, batch_trainer: BatchTrainer
 ) -> None:
     def limit(tokens: int | None) -> None:
         with services.db.write() as session:
@@ -296,7 +294,7 @@ def test_batch_waits_for_tokens(
     with pytest.raises(openai.RateLimitError) as refused:
         client.chat.completions.create(model="smol", messages=[{"role": "user", "content": "Hi"}])
     wait(client, made.id, {"in_progress"})
-    assert batch_worker.prompts == []
+    assert batch_trainer.prompts == []
     limit(None)
 
     assert refused.value.code == "quota_exceeded"
@@ -316,12 +314,12 @@ def test_projects_do_not_see_each_others_batches(site: Site, client: openai.Open
     assert wait(client, made.id).status == "completed"
 
 
-def test_input_file_can_not_be_deleted_while_it_is_read(client: openai.OpenAI, batch_worker: BatchWorker) -> None:
-    batch_worker.gate.clear()
+def test_input_file_can_not_be_deleted_while_it_is_read(client: openai.OpenAI, batch_trainer: BatchTrainer) -> None:
+    batch_trainer.gate.clear()
     made = create(client, input_line("a"))
     with pytest.raises(openai.ConflictError) as refused:
         client.files.delete(made.input_file_id)
-    batch_worker.gate.set()
+    batch_trainer.gate.set()
     wait(client, made.id)
 
     assert refused.value.code == "file_in_use"
@@ -350,12 +348,11 @@ def test_damaged_input_file_fails_the_batch(client: openai.OpenAI, services: Ser
 
 @pytest.mark.parametrize("content", [None, "changed"])
 def test_batch_whose_input_is_damaged_delivers_what_was_answered(
-    client: openai.OpenAI, services: Services, batch_worker: BatchWorker, content: str | None
+    client: openai.OpenAI, services: Services, batch_trainer: BatchTrainer, content: str | None
 ) -> None:
     """None: the file was removed."""
-    error = {"code": "context_length_exceeded", "message": "Too long.", "remedy": "Shorten it."}
-    batch_worker.error = lambda prompt: error if prompt == "bad" else None
-    batch_worker.holds = lambda prompt: prompt == "held"
+    batch_trainer.error = lambda prompt: "context_length_exceeded" if prompt == "bad" else None
+    batch_trainer.holds = lambda prompt: prompt == "held"
     rows = [input_line("a"), input_line("b", "held"), input_line("c", "bad"), input_line("d")]
     made = create(client, *rows)
     until(lambda: counts(client.batches.retrieve(made.id)) == (4, 2, 1))
@@ -383,7 +380,7 @@ def test_batch_whose_input_is_damaged_delivers_what_was_answered(
 
 
 def test_only_lines_that_break_stricter_rules_fail(
-    client: openai.OpenAI, batch_worker: BatchWorker, services: Services, monkeypatch: pytest.MonkeyPatch
+    client: openai.OpenAI, batch_trainer: BatchTrainer, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class StricterRequest(ChatCompletionRequest):
         @field_validator("seed")
@@ -393,11 +390,11 @@ def test_only_lines_that_break_stricter_rules_fail(
                 raise ValueError("can't be used")
             return seed
 
-    batch_worker.gate.clear()
+    batch_trainer.gate.clear()
     monkeypatch.setattr(batch_lines, "MAX_IN_FLIGHT", 1)
     long = input_line("long", "c" * 1000)
     made = create(client, input_line("a"), input_line("b", seed=1), long, input_line("d"))
-    until(lambda: open_requests(services) == 1)  # the other lines wait for its place
+    until(lambda: len(batch_trainer.prompts) == 1)  # the other lines wait for its place
 
     monkeypatch.setitem(batch_input.SCHEMAS, CHAT_URL, StricterRequest)
     parse = batch_lines.parse
@@ -406,7 +403,7 @@ def test_only_lines_that_break_stricter_rules_fail(
         "parse",
         lambda line, *, endpoint, max_line_bytes: parse(line, endpoint=endpoint, max_line_bytes=500),
     )
-    batch_worker.gate.set()
+    batch_trainer.gate.set()
     batch = wait(client, made.id)
 
     assert (batch.status, *counts(batch)) == ("completed", 4, 2, 2)
@@ -419,16 +416,16 @@ def test_only_lines_that_break_stricter_rules_fail(
 
 
 def test_invalid_line_of_a_damaged_input_fails_the_batch(
-    client: openai.OpenAI, batch_worker: BatchWorker, services: Services, monkeypatch: pytest.MonkeyPatch
+    client: openai.OpenAI, batch_trainer: BatchTrainer, services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The damage is in a chunk that is read before the digest of the whole file is known."""
     monkeypatch.setattr(services.store, "open_blob", partial(services.store.open_blob, chunk_bytes=256))
     monkeypatch.setattr(batch_lines, "MAX_IN_FLIGHT", 1)
     monkeypatch.setattr(batch_lines, "LINES_AT_ONCE", 1)
-    batch_worker.gate.clear()
+    batch_trainer.gate.clear()
     rows = [input_line("a"), input_line("b"), input_line("c", "c" * 1000)]
     made = create(client, *rows)
-    until(lambda: open_requests(services) == 1)
+    until(lambda: len(batch_trainer.prompts) == 1)
 
     path = input_path(services, made)
     path.chmod(0o644)
@@ -436,7 +433,7 @@ def test_invalid_line_of_a_damaged_input_fails_the_batch(
     with services.db.write() as session:  # another process opens the file again
         task = session.get_one(Task, (TaskKind.BATCH, made.id))
         task.claim_id, task.lease_expires_at = "task-other", 1.0
-    batch_worker.gate.set()
+    batch_trainer.gate.set()
     batch = wait(client, made.id)
 
     assert (batch.status, *counts(batch)) == ("failed", 3, 1, 2)
@@ -446,13 +443,13 @@ def test_invalid_line_of_a_damaged_input_fails_the_batch(
 
 
 def test_batch_whose_input_is_lost_after_its_last_line_is_completed(
-    client: openai.OpenAI, services: Services, batch_worker: BatchWorker
+    client: openai.OpenAI, services: Services, batch_trainer: BatchTrainer
 ) -> None:
-    batch_worker.gate.clear()
+    batch_trainer.gate.clear()
     made = create(client, input_line("a"), input_line("b"))
-    until(lambda: open_requests(services) == 2)
+    until(lambda: len(batch_trainer.prompts) == 2)
     input_path(services, made).unlink()
-    batch_worker.gate.set()
+    batch_trainer.gate.set()
     batch = wait(client, made.id)
 
     assert (batch.status, *counts(batch)) == ("completed", 2, 2, 0)

@@ -25,6 +25,10 @@ WORDS = ("one ", "two ", "three")
 class ThreeWords:
     """An answer of three chunks."""
 
+    def __init__(self) -> None:
+        head = head_of("chatcmpl", model="smol", base_digest="0" * 64)
+        self.form = ChatFormat(head, tools=frozenset(), with_logprobs=False)
+
     @asynccontextmanager
     async def answering(self, answer: PartialAnswer) -> AsyncGenerator[AsyncGenerator[Delta]]:
         assert not answer.has_begun
@@ -51,9 +55,9 @@ def streamed(results: list[Exception | None]) -> str:
         await asyncio.Event().wait()
         return {}
 
-    form = ChatFormat(head_of("chatcmpl", model="smol", base_digest="0" * 64), tools=frozenset(), with_logprobs=False)
     recheck = Identity(holder="key", identify=identify)
-    stream = CompletionStream(ThreeWords(), form, n=1, with_usage=False, recheck=recheck)
+    answer: Any = ThreeWords()
+    stream = CompletionStream(answer, n=1, with_usage=False, recheck=recheck)
     asyncio.run(stream({"type": "http"}, receive, send))
     assert [message["type"] for message in sent].count("http.response.start") == 1
     assert not sent[-1]["more_body"]

@@ -11,8 +11,9 @@ from api.deps import Services
 from api.serving import held_lease, keeper
 from catalog.serving import keeping
 from catalog.tables.storage import Adapter
+from tests.api import fake_trainer
 from tests.api.conftest import new_key
-from tests.api.serving_engines import FakeTrainer, FakeVllm, serving
+from tests.api.serving_engines import FakeVllm, ReferenceTrainer, serving
 from tests.api.serving_site import ServingSite
 from tests.api.site import Site
 from tests.catalog.world import World
@@ -33,11 +34,10 @@ def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def trainer(services: Services, adapter: Adapter) -> Iterator[FakeTrainer]:
-    trainer = FakeTrainer(services.db, [adapter.base_digest])
-    trainer.start()
-    yield trainer
-    trainer.stop()
+def trainer(services: Services, adapter: Adapter) -> Iterator[ReferenceTrainer]:
+    made = ReferenceTrainer(services.db, services.settings, digest=adapter.base_digest)
+    with fake_trainer.serving(made):
+        yield made
 
 
 @pytest.fixture

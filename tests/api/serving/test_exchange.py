@@ -10,8 +10,7 @@ import pytest
 
 from api.deps import Services
 from catalog.tables.tenancy import Project
-from tests.api.inference.reply_service import open_requests
-from tests.api.serving_engines import PROMPT_TOKENS, SERVED, FakeTrainer, tokens_of
+from tests.api.serving_engines import PROMPT_TOKENS, SERVED, ReferenceTrainer, tokens_of
 from tests.api.serving_site import QUESTION, ServingSite
 from tests.api.site import until
 
@@ -19,7 +18,7 @@ TEXT = {"prompt": "Hi"}
 
 
 @pytest.fixture
-def ready(place: ServingSite, trainer: FakeTrainer) -> ServingSite:
+def ready(place: ServingSite, trainer: ReferenceTrainer) -> ServingSite:
     place.deployed()
     trainer.answered.clear()
     return place
@@ -44,7 +43,7 @@ COUNTED = {"requests": 1, "prompt_tokens": PROMPT_TOKENS, "completion_tokens": 4
 
 
 def test_adapter_is_answered_by_its_endpoint_in_the_form_of_the_built_in_engine(
-    ready: ServingSite, trainer: FakeTrainer, services: Services
+    ready: ServingSite, trainer: ReferenceTrainer, services: Services
 ) -> None:
     found = ready.ask(logprobs=True, top_logprobs=2).json()
 
@@ -57,7 +56,6 @@ def test_adapter_is_answered_by_its_endpoint_in_the_form_of_the_built_in_engine(
     assert found["choices"][0]["finish_reason"] == "length"
     assert len(found["choices"][0]["logprobs"]["content"]) == 4
     assert found["usage"] == {"prompt_tokens": PROMPT_TOKENS, "completion_tokens": 4, "total_tokens": 16}
-    assert open_requests(services) == 0
     until(lambda: usage(ready) == COUNTED)
 
 
@@ -106,7 +104,7 @@ def test_projects_share_no_cached_prefixes(ready: ServingSite, services: Service
     assert not any("cache_salt" in body for body in probes)
 
 
-def test_base_model_is_answered_under_the_servers_name_for_it(ready: ServingSite, trainer: FakeTrainer) -> None:
+def test_base_model_is_answered_under_the_servers_name_for_it(ready: ServingSite, trainer: ReferenceTrainer) -> None:
     found = ready.ask(ready.adapter.base_model).json()
 
     assert trainer.answered == []
@@ -114,7 +112,7 @@ def test_base_model_is_answered_under_the_servers_name_for_it(ready: ServingSite
     assert (found["model"], found["choices"][0]["message"]["content"]) == (ready.adapter.base_model, text_of("base"))
 
 
-def test_streamed_answers_of_both_routes_are_complete(ready: ServingSite, trainer: FakeTrainer) -> None:
+def test_streamed_answers_of_both_routes_are_complete(ready: ServingSite, trainer: ReferenceTrainer) -> None:
     with client_of(ready) as client:
         chat = list(
             client.chat.completions.create(
@@ -140,7 +138,7 @@ def test_streamed_answers_of_both_routes_are_complete(ready: ServingSite, traine
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("path", "prompt"), [("/v1/chat/completions", {}), ("/v1/completions", TEXT)])
 def test_a_header_names_the_engine_that_answered(
-    ready: ServingSite, trainer: FakeTrainer, path: str, prompt: dict[str, Any], stream: bool
+    ready: ServingSite, trainer: ReferenceTrainer, path: str, prompt: dict[str, Any], stream: bool
 ) -> None:
     given = {**({"messages": None} if prompt else {}), **prompt}
     body = {name: value for name, value in {**QUESTION, **given, "stream": stream}.items() if value is not None}
@@ -155,7 +153,7 @@ def test_a_header_names_the_engine_that_answered(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_answers_have_the_rate_limit_headers(ready: ServingSite, trainer: FakeTrainer, stream: bool) -> None:
+def test_answers_have_the_rate_limit_headers(ready: ServingSite, trainer: ReferenceTrainer, stream: bool) -> None:
     limits = {"requests_per_minute": 600}
     path = f"/v1/api_keys/{ready.site.key.split('_')[1]}/limits"
     assert ready.operator.post(path, json=limits).status_code == 200
@@ -170,7 +168,7 @@ def test_an_error_names_no_engine(ready: ServingSite) -> None:
     assert "x-lorry-engine" not in ready.ask("ft:unknown", stream=True).headers
 
 
-def test_requests_with_tools_are_answered_by_the_built_in_engine(ready: ServingSite, trainer: FakeTrainer) -> None:
+def test_requests_with_tools_are_answered_by_the_built_in_engine(ready: ServingSite, trainer: ReferenceTrainer) -> None:
     tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
 
     assert ready.ask(tools=[tool]).status_code == 200
@@ -182,7 +180,7 @@ def test_requests_with_tools_are_answered_by_the_built_in_engine(ready: ServingS
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("change", [{"fails_with": 400}, {"fails_with": 503}, {"breaks_after": 0}])
 def test_failure_before_the_first_token_is_answered_by_the_built_in_engine(
-    ready: ServingSite, trainer: FakeTrainer, change: dict[str, Any], stream: bool
+    ready: ServingSite, trainer: ReferenceTrainer, change: dict[str, Any], stream: bool
 ) -> None:
     for name, value in change.items():
         setattr(ready.vllm, name, value)
@@ -197,7 +195,7 @@ def test_failure_before_the_first_token_is_answered_by_the_built_in_engine(
 
 @pytest.mark.parametrize("finish", ["abort", "repetition"])
 def test_answer_that_the_server_cuts_off_is_no_complete_answer(
-    ready: ServingSite, trainer: FakeTrainer, finish: str
+    ready: ServingSite, trainer: ReferenceTrainer, finish: str
 ) -> None:
     ready.vllm.finish = finish
 
@@ -209,7 +207,7 @@ def test_answer_that_the_server_cuts_off_is_no_complete_answer(
     assert trainer.answered == []
 
 
-def test_chat_without_a_chat_template_is_not_sent_to_an_endpoint(place: ServingSite, trainer: FakeTrainer) -> None:
+def test_chat_without_a_chat_template_is_not_sent_to_an_endpoint(place: ServingSite, trainer: ReferenceTrainer) -> None:
     trainer.has_template = False
     place.deployed()
 
@@ -222,7 +220,7 @@ def test_chat_without_a_chat_template_is_not_sent_to_an_endpoint(place: ServingS
 
 
 def test_server_that_has_lost_the_adapter_gets_it_again_while_the_built_in_engine_answers(
-    ready: ServingSite, trainer: FakeTrainer
+    ready: ServingSite, trainer: ReferenceTrainer
 ) -> None:
     ready.vllm.adapters.clear()
 
@@ -234,7 +232,9 @@ def test_server_that_has_lost_the_adapter_gets_it_again_while_the_built_in_engin
     assert len(ready.vllm.completions()) == 1
 
 
-def test_failure_after_the_first_token_ends_the_stream_with_an_error(ready: ServingSite, trainer: FakeTrainer) -> None:
+def test_failure_after_the_first_token_ends_the_stream_with_an_error(
+    ready: ServingSite, trainer: ReferenceTrainer
+) -> None:
     ready.vllm.breaks_after = 2
 
     whole, streamed = ready.ask(), ready.ask(stream=True)
@@ -242,7 +242,7 @@ def test_failure_after_the_first_token_ends_the_stream_with_an_error(ready: Serv
     assert (whole.status_code, whole.json()["error"]["code"]) == (503, "answer_interrupted")
     *_, last = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")]
     assert last["error"]["code"] == "answer_interrupted"
-    assert last["error"]["message"] == "The serving endpoint did not complete the answer. Send the request again."
+    assert last["error"]["message"] == "The engine did not complete the answer. Send the request again."
     assert trainer.answered == []
 
 

@@ -23,7 +23,7 @@ from catalog.tables.table import new_id
 from catalog.tables.tasks import Task
 from catalog.tasks import task_queue
 from catalog.tasks.task_queue import TaskClaim, TaskKind
-from tests.api.serving_engines import FakeTrainer, FakeVllm, serving
+from tests.api.serving_engines import FakeVllm, ReferenceTrainer, serving
 from tests.api.serving_site import ServingSite
 from tests.api.site import until
 
@@ -39,7 +39,7 @@ def lease_expires_at(services: Services) -> float:
         return session.query(Task).one().lease_expires_at or 0.0
 
 
-def test_deployed_adapter_is_loaded_from_the_folder_and_verified(place: ServingSite, trainer: FakeTrainer) -> None:
+def test_deployed_adapter_is_loaded_from_the_folder_and_verified(place: ServingSite, trainer: ReferenceTrainer) -> None:
     deployment = place.deployed()
 
     (folder,) = place.folders()
@@ -55,7 +55,9 @@ def test_deployed_adapter_is_loaded_from_the_folder_and_verified(place: ServingS
     assert place.endpoint()["verification"]["passed"]
 
 
-def test_base_model_without_a_chat_template_is_probed_with_a_text(place: ServingSite, trainer: FakeTrainer) -> None:
+def test_base_model_without_a_chat_template_is_probed_with_a_text(
+    place: ServingSite, trainer: ReferenceTrainer
+) -> None:
     trainer.has_template = False
 
     place.deployed()
@@ -68,7 +70,7 @@ def test_base_model_without_a_chat_template_is_probed_with_a_text(place: Serving
     [({"ignores_adapters": True}, "differs from the record"), ({"max_rank": 8}, "greater than max_lora_rank 8")],
 )
 def test_adapter_that_the_server_does_not_serve_as_recorded_fails_and_is_not_used(
-    place: ServingSite, trainer: FakeTrainer, change: dict[str, object], reason: str
+    place: ServingSite, trainer: ReferenceTrainer, change: dict[str, object], reason: str
 ) -> None:
     for name, value in change.items():
         setattr(place.vllm, name, value)
@@ -83,7 +85,7 @@ def test_adapter_that_the_server_does_not_serve_as_recorded_fails_and_is_not_use
     assert place.vllm.completions() == []
 
 
-def test_adapter_is_unloaded_before_its_failure_is_recorded(place: ServingSite, trainer: FakeTrainer) -> None:
+def test_adapter_is_unloaded_before_its_failure_is_recorded(place: ServingSite, trainer: ReferenceTrainer) -> None:
     place.vllm.ignores_adapters = True
     place.vllm.holds = "/v1/unload_lora_adapter"
     place.register()
@@ -96,7 +98,7 @@ def test_adapter_is_unloaded_before_its_failure_is_recorded(place: ServingSite, 
     place.wait_for("failed")
 
 
-def test_failed_adapter_is_tried_again(place: ServingSite, trainer: FakeTrainer) -> None:
+def test_failed_adapter_is_tried_again(place: ServingSite, trainer: ReferenceTrainer) -> None:
     place.vllm.max_rank = 8
     place.register()
     place.deploy()
@@ -108,7 +110,7 @@ def test_failed_adapter_is_tried_again(place: ServingSite, trainer: FakeTrainer)
 
 
 def test_check_that_has_missed_a_failure_does_not_repeat_the_attempt(
-    place: ServingSite, trainer: FakeTrainer, monkeypatch: pytest.MonkeyPatch
+    place: ServingSite, trainer: ReferenceTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keeping, "WAITS_SECONDS", (3600.0,))
     monkeypatch.setattr(keeper, "LOOK_SECONDS", 0.05)
@@ -147,7 +149,7 @@ def test_check_that_has_missed_a_failure_does_not_repeat_the_attempt(
     ],
 )
 def test_endpoint_whose_base_model_does_not_answer_as_recorded_is_rejected(
-    place: ServingSite, trainer: FakeTrainer, change: dict[str, object], reason: str
+    place: ServingSite, trainer: ReferenceTrainer, change: dict[str, object], reason: str
 ) -> None:
     for name, value in change.items():
         setattr(place.vllm, name, value)
@@ -162,7 +164,7 @@ def test_endpoint_whose_base_model_does_not_answer_as_recorded_is_rejected(
     assert place.vllm.completions() == []
 
 
-def test_missing_route_names_the_setting_of_vllm(place: ServingSite, trainer: FakeTrainer) -> None:
+def test_missing_route_names_the_setting_of_vllm(place: ServingSite, trainer: ReferenceTrainer) -> None:
     place.vllm.allows_updates = False
     place.register()
     place.deploy()
@@ -174,7 +176,7 @@ def test_missing_route_names_the_setting_of_vllm(place: ServingSite, trainer: Fa
     assert "--enable-lora" in error
 
 
-def test_api_key_is_sent_and_never_shown(place: ServingSite, trainer: FakeTrainer, services: Services) -> None:
+def test_api_key_is_sent_and_never_shown(place: ServingSite, trainer: ReferenceTrainer, services: Services) -> None:
     place.vllm.api_key = "very-secret"
     shown = place.register(api_key="very-secret")
     place.deploy()
@@ -185,7 +187,7 @@ def test_api_key_is_sent_and_never_shown(place: ServingSite, trainer: FakeTraine
     assert services.db.engine.connect().exec_driver_sql("select sealed_key from serving_endpoints").scalar()
 
 
-def test_adapter_is_loaded_again_after_a_restart_of_the_server(place: ServingSite, trainer: FakeTrainer) -> None:
+def test_adapter_is_loaded_again_after_a_restart_of_the_server(place: ServingSite, trainer: ReferenceTrainer) -> None:
     place.deployed()
 
     place.vllm.adapters.clear()
@@ -196,7 +198,7 @@ def test_adapter_is_loaded_again_after_a_restart_of_the_server(place: ServingSit
 
 
 def test_endpoint_that_stops_is_unreachable_until_it_returns(
-    place: ServingSite, trainer: FakeTrainer, services: Services
+    place: ServingSite, trainer: ReferenceTrainer, services: Services
 ) -> None:
     with ExitStack() as stack:
         fake = stack.enter_context(serving(FakeVllm()))
@@ -213,7 +215,7 @@ def test_endpoint_that_stops_is_unreachable_until_it_returns(
             assert place.adapter.name in fake.adapters
 
 
-def test_endpoint_is_pending_until_its_server_has_started(place: ServingSite, trainer: FakeTrainer) -> None:
+def test_endpoint_is_pending_until_its_server_has_started(place: ServingSite, trainer: ReferenceTrainer) -> None:
     with ExitStack() as stack:
         fake = stack.enter_context(serving(FakeVllm()))
         port = urlsplit(fake.url).port
@@ -235,7 +237,9 @@ def test_endpoint_is_pending_until_its_server_has_started(place: ServingSite, tr
         until(lambda: place.endpoint()["state"] == "unreachable")
 
 
-def test_undeployed_adapter_is_unloaded_and_its_files_are_removed(place: ServingSite, trainer: FakeTrainer) -> None:
+def test_undeployed_adapter_is_unloaded_and_its_files_are_removed(
+    place: ServingSite, trainer: ReferenceTrainer
+) -> None:
     place.deployed()
 
     deleted = place.client.delete(f"/v1/adapters/{place.adapter.id}/deployments/vllm-1")
@@ -246,7 +250,7 @@ def test_undeployed_adapter_is_unloaded_and_its_files_are_removed(place: Serving
     assert place.folders() == []
 
 
-def test_deleted_adapter_is_unloaded(place: ServingSite, trainer: FakeTrainer, services: Services) -> None:
+def test_deleted_adapter_is_unloaded(place: ServingSite, trainer: ReferenceTrainer, services: Services) -> None:
     place.deployed()
 
     place.client.delete(f"/v1/adapters/{place.adapter.id}")
@@ -257,7 +261,7 @@ def test_deleted_adapter_is_unloaded(place: ServingSite, trainer: FakeTrainer, s
 
 
 def test_adapter_that_lorry_loaded_and_forgot_is_unloaded_but_others_stay(
-    place: ServingSite, trainer: FakeTrainer
+    place: ServingSite, trainer: ReferenceTrainer
 ) -> None:
     place.deployed()
     own = place.endpoint_folder(place.endpoint()["id"]) / "adapter-old-123"
@@ -267,7 +271,9 @@ def test_adapter_that_lorry_loaded_and_forgot_is_unloaded_but_others_stay(
     until(lambda: set(place.vllm.adapters) == {place.adapter.name, "by-hand"})
 
 
-def test_removed_endpoint_unloads_its_adapters_and_frees_its_name(place: ServingSite, trainer: FakeTrainer) -> None:
+def test_removed_endpoint_unloads_its_adapters_and_frees_its_name(
+    place: ServingSite, trainer: ReferenceTrainer
+) -> None:
     place.deployed()
 
     assert place.operator.delete("/v1/serving/endpoints/vllm-1").status_code == 200
@@ -279,7 +285,7 @@ def test_removed_endpoint_unloads_its_adapters_and_frees_its_name(place: Serving
     place.register()
 
 
-def test_damaged_files_in_the_folder_are_replaced_before_a_load(place: ServingSite, trainer: FakeTrainer) -> None:
+def test_damaged_files_in_the_folder_are_replaced_before_a_load(place: ServingSite, trainer: ReferenceTrainer) -> None:
     place.deployed()
     (folder,) = place.folders()
     weights = folder / "adapter_model.safetensors"
@@ -304,7 +310,7 @@ def test_endpoint_waits_for_a_worker_that_computes_the_reference(
     assert place.endpoint()["state"] == "pending"
 
 
-def test_one_process_at_a_time_keeps_an_endpoint(place: ServingSite, trainer: FakeTrainer) -> None:
+def test_one_process_at_a_time_keeps_an_endpoint(place: ServingSite, trainer: ReferenceTrainer) -> None:
     place.deployed()
 
     assert task_queue.claim(place.services.db, [TaskKind.ENDPOINT], lease_seconds=60) is None
@@ -312,7 +318,7 @@ def test_one_process_at_a_time_keeps_an_endpoint(place: ServingSite, trainer: Fa
 
 @pytest.mark.parametrize("is_same_folder", [True, False])
 def test_adapter_that_a_removed_endpoint_left_loaded_is_replaced(
-    place: ServingSite, trainer: FakeTrainer, tmp_path: Path, is_same_folder: bool
+    place: ServingSite, trainer: ReferenceTrainer, tmp_path: Path, is_same_folder: bool
 ) -> None:
     gone = (place.folder if is_same_folder else tmp_path) / place.endpoint_folder(new_id("endpoint")).name
     place.vllm.adapters[place.adapter.name] = str(gone / f"{place.adapter.id}-{'0' * 12}")
@@ -323,7 +329,7 @@ def test_adapter_that_a_removed_endpoint_left_loaded_is_replaced(
 
 
 def test_adapter_with_other_content_in_the_endpoints_folder_is_replaced(
-    place: ServingSite, trainer: FakeTrainer
+    place: ServingSite, trainer: ReferenceTrainer
 ) -> None:
     place.deployed()
     (folder,) = place.folders()
@@ -334,7 +340,7 @@ def test_adapter_with_other_content_in_the_endpoints_folder_is_replaced(
 
 
 def test_left_over_adapters_are_unloaded_but_those_of_others_stay(
-    place: ServingSite, trainer: FakeTrainer, tmp_path: Path
+    place: ServingSite, trainer: ReferenceTrainer, tmp_path: Path
 ) -> None:
     gone, adapter = place.endpoint_folder(new_id("endpoint")), f"{new_id('adapter')}-{'0' * 12}"
     place.register("vllm-2", url="http://127.0.0.1:9")
@@ -351,7 +357,7 @@ def test_left_over_adapters_are_unloaded_but_those_of_others_stay(
 
 
 def test_services_that_share_server_and_folder_leave_the_adapters_of_each_other_alone(
-    place: ServingSite, trainer: FakeTrainer, caplog: pytest.LogCaptureFixture
+    place: ServingSite, trainer: ReferenceTrainer, caplog: pytest.LogCaptureFixture
 ) -> None:
     of_other = place.endpoint_folder(new_id("endpoint"), service_id=new_id("org").removeprefix("org-"))
     theirs = of_other / f"{new_id('adapter')}-{'0' * 12}"
@@ -371,7 +377,7 @@ def test_services_that_share_server_and_folder_leave_the_adapters_of_each_other_
 
 
 def test_adapter_that_somebody_else_loaded_under_the_name_is_not_replaced(
-    place: ServingSite, trainer: FakeTrainer
+    place: ServingSite, trainer: ReferenceTrainer
 ) -> None:
     place.vllm.adapters[place.adapter.name] = "/models/by-hand"
     place.register()
@@ -386,7 +392,7 @@ def test_adapter_that_somebody_else_loaded_under_the_name_is_not_replaced(
 
 
 def test_files_that_cannot_be_removed_stop_nothing(
-    place: ServingSite, trainer: FakeTrainer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    place: ServingSite, trainer: ReferenceTrainer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     place.deployed()
 
@@ -401,7 +407,7 @@ def test_files_that_cannot_be_removed_stop_nothing(
 
 
 def test_copy_of_an_adapter_stops_when_its_deployment_is_deleted(
-    place: ServingSite, trainer: FakeTrainer, monkeypatch: pytest.MonkeyPatch
+    place: ServingSite, trainer: ReferenceTrainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     has_begun, has_stopped, has_completed = (threading.Event() for _ in range(3))
 
@@ -428,7 +434,7 @@ def test_copy_of_an_adapter_stops_when_its_deployment_is_deleted(
         has_completed.set()
 
 
-def test_projects_do_not_see_the_text_of_the_server(place: ServingSite, trainer: FakeTrainer) -> None:
+def test_projects_do_not_see_the_text_of_the_server(place: ServingSite, trainer: ReferenceTrainer) -> None:
     place.vllm.max_rank = 8
     place.register()
     place.deploy()
@@ -447,7 +453,7 @@ def test_projects_do_not_see_the_text_of_the_server(place: ServingSite, trainer:
 
 @pytest.mark.parametrize("path", ["/v1/load_lora_adapter", "/v1/unload_lora_adapter"])
 def test_lease_is_renewed_while_the_server_is_slow(
-    place: ServingSite, trainer: FakeTrainer, services: Services, path: str
+    place: ServingSite, trainer: ReferenceTrainer, services: Services, path: str
 ) -> None:
     place.vllm.holds = path
     place.register()
@@ -463,7 +469,7 @@ def test_lease_is_renewed_while_the_server_is_slow(
 
 
 def test_keeper_that_has_lost_its_lease_stops(
-    place: ServingSite, trainer: FakeTrainer, services: Services, caplog: pytest.LogCaptureFixture
+    place: ServingSite, trainer: ReferenceTrainer, services: Services, caplog: pytest.LogCaptureFixture
 ) -> None:
     place.vllm.holds = "/v1/load_lora_adapter"
     place.register()
@@ -526,7 +532,7 @@ def test_check_that_began_before_the_report_does_not_overwrite_it(place: Serving
     assert (place.endpoint()["state"], place.endpoint()["last_error"]) == ("failed", "It crashed.")
 
 
-def test_server_that_answers_after_a_failure_is_used_again(place: ServingSite, trainer: FakeTrainer) -> None:
+def test_server_that_answers_after_a_failure_is_used_again(place: ServingSite, trainer: ReferenceTrainer) -> None:
     place.register()
     place.report("It crashed.")
     assert place.deploy().json()["state"] == "failed"
