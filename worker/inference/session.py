@@ -179,10 +179,12 @@ class InferenceSession:
 
     def regulate(self, *, has_suspect: bool | None = None, is_yielding: bool | None = None) -> None:
         """Change whether the trainer gets requests. None: as before."""
-        has_suspect = self.has_suspect if has_suspect is None else has_suspect
-        is_yielding = self.is_yielding if is_yielding is None else is_yielding
-        if (has_suspect, is_yielding) != (self.has_suspect, self.is_yielding):
-            self.has_suspect, self.is_yielding = has_suspect, is_yielding
+        before = (self.has_suspect, self.is_yielding)
+        if has_suspect is not None:
+            self.has_suspect = has_suspect
+        if is_yielding is not None:
+            self.is_yielding = is_yielding
+        if (self.has_suspect, self.is_yielding) != before:
             self._server.run(self._advance)
 
     def stop_accepting(self) -> None:

@@ -1,4 +1,4 @@
-"""What becomes of requests if a worker is lost, the API server restarts, or a job needs another base model."""
+"""Requests survive a restart of the API server and other jobs. A lost worker interrupts the answers that it began."""
 
 from __future__ import annotations
 
