@@ -41,7 +41,7 @@ SETTINGS: Mapping[str, Sequence[str]] = {
         "cpu_processes",
     ),
     "devices": (
-        "strategy", "cpu_offload_bytes", "gang", "gang_size", "gang_min_size", "gang_wait_seconds",
+        "inference_address", "strategy", "cpu_offload_bytes", "gang", "gang_size", "gang_min_size", "gang_wait_seconds",
         "gang_join_seconds", "advertise_address",
     ),
     "scheduling": (
