@@ -7,11 +7,12 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any
 
+from catalog.inference.claims import InferenceClaim
+from worker.session.reply_connections import ReplyConnections
+
 from catalog.db.database import Database
 from catalog.fleet import workers
 from catalog.inference import claims
-from catalog.inference.claims import InferenceClaim
-from worker.session.reply_connections import ReplyConnections
 
 WORKER = "answering"
 POLL_SECONDS = 0.02

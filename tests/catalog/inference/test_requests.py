@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from catalog.inference.claims import InferenceClaim
 from sqlalchemy import text
 
 from catalog.caller import Caller
 from catalog.errors import Conflict, NotFound, RateLimited
 from catalog.fleet import cordons, workers
 from catalog.inference import claims, requests
-from catalog.inference.claims import InferenceClaim
 from catalog.inference.requests import MAX_SECONDS, NoWorker
 from catalog.queue import pending
 from catalog.registry import base_models
