@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from sqlalchemy import case, delete, select, true
 
-from catalog.db.database import Database, add_if_missing, read_clock
+from catalog.db.database import Database, lower, read_clock
 from catalog.fleet import views
 from catalog.inference.requests import Model, NoWorker
 from catalog.resources.pack_key import quantization_of
@@ -75,9 +75,9 @@ def want(db: Database, model: Model, *, since: float, is_batch: bool) -> Json | 
         recent = select(Worker.id).where(Worker.heartbeat_at > now - RESTART_SECONDS).limit(1)
         if not is_batch and session.scalar(recent) is None:
             raise NoWorker("No worker is running, so the request can't be answered.", code="no_worker", remedy=START)
-        named = {"pack_key": model.pack_key, "base_model": model.base_model, "base_digest": model.base_digest}
-        lapsed = {"wanted_since": 0.0, "wanted_until": 0.0, "clients_until": 0.0}
-        add_if_missing(session, WantedBase, named | lapsed)  # another API server may add it now
+        wish = {"pack_key": model.pack_key, "base_model": model.base_model, "base_digest": model.base_digest}
+        times = {"wanted_since": now, "wanted_until": 0.0, "clients_until": 0.0}
+        lower(session, WantedBase, wish | times, "wanted_since")  # locks the row, although others add and delete it
         row = session.get_one(WantedBase, model.pack_key, with_for_update=True)
         if row.failed_at is not None and row.failed_at >= since:
             return row.error

@@ -204,6 +204,14 @@ class World:
         workers.register_worker(self.db, worker_id=worker_id, memory_bytes=memory_bytes, **about)  # pyright: ignore
         return worker_id
 
+    def load(self, key: str, worker_id: str = "w1") -> None:
+        """Let the worker report that its trainer has loaded a base model, and answers requests."""
+        trainer_id, digest = f"trainer-{worker_id}", key.rsplit(":", 2)[0]
+        workers.register_trainer(self.db, trainer_id=trainer_id, worker_id=worker_id, base_digest=digest, pack_key=key)
+        workers.worker_beat(self.db, worker_id, resident_base=digest, trainer_id=trainer_id, report={})
+        address, secret = f"{worker_id}:1", f"secret of {worker_id}"
+        workers.report_trainer(self.db, trainer_id, report={}, address=address, secret=secret)
+
     def prepare_all(self, num_steps: int = 60, longest_example: int | None = None) -> None:
         while unprepared := begin_preparation(self.db, "preparer"):
             key, digest = unprepared.files.train_key, unprepared.files.training.digest

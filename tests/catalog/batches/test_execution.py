@@ -11,26 +11,18 @@ from catalog.batches import commands, execution
 from catalog.batches.execution import BATCH_LEASE_SECONDS, BatchClaim
 from catalog.db.database import Database
 from catalog.errors import Conflict, InvalidRequest, QuotaExceeded, StaleClaim
-from catalog.inference import claims, requests
+from catalog.inference import requests
 from catalog.maintenance import garbage_collection
-from catalog.resources.pack_key import pack_key
 from catalog.storage import files
 from catalog.storage.store import Blob
 from catalog.tables.batches import Batch, BatchLine
-from catalog.tables.inference import InferenceRequest
 from catalog.tables.storage import File
 from catalog.tables.tenancy import Project
 from catalog.usage import ledger
-from tests.catalog.world import LEASE, World, sha
+from catalog.usage.ledger import Amount
+from tests.catalog.world import World, sha
 
 pytestmark = pytest.mark.both_databases
-KEY = pack_key(sha("smol"), "bfloat16")
-
-
-@pytest.fixture
-def world(world: World) -> World:
-    world.worker()
-    return world
 
 
 def create(world: World, **given: Any) -> Batch:
@@ -51,16 +43,14 @@ def begun(world: World, *, num_lines: int = 3) -> BatchClaim:
     return claimed
 
 
-def submit(world: World, claimed: BatchClaim, request_id: str = "infer-1") -> bool:
-    model = requests.resolve(world.db, project_id=world.caller.project_id, name="smol")
-    return execution.submit(
-        world.db, claimed, request_id=request_id, model=model, body={"prompts": ["a"]}, reply_to="127.0.0.1:1"
-    )
-
-
 def store(world: World, claimed: BatchClaim, number: int, *, is_failed: bool = False, **given: Any) -> None:
-    counts = {"request_id": "infer-1", "prompt_tokens": 5, "completion_tokens": 2, **given}
+    counts = {"base_model": "smol", "request_id": "infer-1", "prompt_tokens": 5, "completion_tokens": 2, **given}
     execution.store_result(world.db, claimed, number=number, result={"n": number}, is_failed=is_failed, **counts)
+
+
+def count_interrupted(world: World, claimed: BatchClaim) -> None:
+    counts = {"prompt_tokens": 5, "completion_tokens": 1}
+    execution.count_interrupted(world.db, claimed, base_model="smol", request_id="infer-2", **counts)
 
 
 def row(world: World, claimed: BatchClaim) -> Batch:
@@ -73,12 +63,17 @@ def num_rows(db: Database, table: type[Any]) -> int:
 
 
 def used(world: World) -> tuple[float, float]:
+    """Return the tokens of prompts and of answers."""
+    return total(world, "prompt_tokens"), total(world, "completion_tokens")
+
+
+def num_completions(world: World) -> float:
+    return total(world, "num_completions")
+
+
+def total(world: World, name: Amount) -> float:
     with world.db.read() as session:
-        today = ledger.day_of(world.clock.now)
-        project_id = world.caller.project_id
-        names = ("prompt_tokens", "completion_tokens")
-        read, written = (ledger.total(session, project_id, name, first_day=today) for name in names)
-        return read, written
+        return ledger.total(session, world.caller.project_id, name, first_day=ledger.day_of(world.clock.now))
 
 
 def test_claimed_batch_is_not_claimed_again_until_its_lease_expires(world: World) -> None:
@@ -146,16 +141,14 @@ def create_of_another_project(world: World) -> str:
     return commands.create(world.db, caller=caller, endpoint="/v1/completions", input_file=file).id
 
 
-def test_late_process_writes_nothing_and_its_requests_are_deleted(world: World) -> None:
+def test_late_process_writes_nothing(world: World) -> None:
     late = begun(world)
-    assert submit(world, late)
     world.clock.advance(BATCH_LEASE_SECONDS + 1)
     claim(world)
 
-    assert num_rows(world.db, InferenceRequest) == 0
     for write in (
         lambda: store(world, late, 1),
-        lambda: submit(world, late),
+        lambda: count_interrupted(world, late),
         lambda: execution.begin(world.db, late, num_lines=1),
         lambda: execution.fail(world.db, late, []),
         lambda: execution.finalize(world.db, late),
@@ -170,25 +163,42 @@ def test_late_process_writes_nothing_and_its_requests_are_deleted(world: World) 
 
 def test_result_is_stored_and_counted_once(world: World) -> None:
     claimed = begun(world)
-    submit(world, claimed)
 
     store(world, claimed, 1)
     store(world, claimed, 1)  # the reply of the first call was lost
-    submit(world, claimed)
     store(world, claimed, 3, is_failed=True)
 
     batch = row(world, claimed)
     assert (batch.num_completed, batch.num_failed, batch.prompt_tokens, batch.completion_tokens) == (1, 1, 10, 4)
     assert used(world) == (10, 4)
-    assert num_rows(world.db, InferenceRequest) == 0
     assert execution.finished_lines(world.db, claimed.batch_id) == {1, 3}
     assert [line.number for line in execution.results(world.db, claimed.batch_id, after=1, limit=5)] == [3]
 
 
-def test_cancelled_or_expired_batch_submits_nothing(world: World) -> None:
+def test_line_that_no_engine_began_to_answer_is_not_counted(world: World) -> None:
+    claimed = begun(world)
+
+    store(world, claimed, 1, is_failed=True, base_model=None)
+    store(world, claimed, 2, is_failed=True, prompt_tokens=0, completion_tokens=0)
+
+    assert row(world, claimed).num_failed == 2
+    assert used(world) == (0, 0)
+    assert num_completions(world) == 0
+
+
+def test_partial_answer_is_counted_without_a_result(world: World) -> None:
+    claimed = begun(world)
+
+    count_interrupted(world, claimed)
+
+    batch = row(world, claimed)
+    assert (batch.num_completed, batch.num_failed, batch.prompt_tokens, batch.completion_tokens) == (0, 0, 5, 1)
+    assert (*used(world), num_completions(world)) == (5, 1, 1)
+
+
+def test_process_learns_that_its_batch_is_expired_or_cancelled(world: World) -> None:
     claimed = begun(world)
     world.clock.advance(commands.WINDOW_SECONDS + 1)
-    assert not submit(world, claimed)
     assert execution.renew(world.db, claimed).is_expired
 
     commands.cancel(world.db, project_id=claimed.project_id, batch_id=claimed.batch_id)
@@ -250,60 +260,18 @@ def test_input_file_stays_until_the_batch_has_ended(world: World) -> None:
     assert digest not in garbage_collection.live_digests(world.db)
 
 
-def interactive(world: World) -> str:
-    model = requests.resolve(world.db, project_id=world.caller.project_id, name="smol")
-    return requests.submit(
-        world.db,
-        project_id=world.caller.project_id,
-        model=model,
-        body={"prompts": ["a"]},
-        reply_to="127.0.0.1:1",
-        max_open=2,
-    ).id
-
-
-def test_requests_of_clients_are_claimed_before_those_of_batches(world: World) -> None:
-    claimed = begun(world)
-    of_batch = [f"infer-{number}" for number in range(4)]
-    for request_id in of_batch:
-        assert submit(world, claimed, request_id)
-    of_client = [interactive(world), interactive(world)]  # two, although four others are open
-
-    def take(limit: int, batch_limit: int) -> list[tuple[str, bool]]:
-        found = claims.claim(
-            world.db, worker_id="w1", pack_key=KEY, limit=limit, batch_limit=batch_limit, lease_seconds=LEASE
-        )
-        return [(each.request_id, each.is_batch) for each in found]
-
-    assert take(1, 1) == [(of_client[0], False)]
-    assert take(5, 1) == [(of_client[1], False), (of_batch[0], True)]
-    assert take(5, 0) == []
-    assert take(5, 2) == [(of_batch[1], True), (of_batch[2], True)]
-
-
-def test_base_models_of_clients_are_loaded_before_those_of_batches(world: World) -> None:
-    claimed = begun(world)
-    submit(world, claimed)
-    world.base("other")
-    model = requests.resolve(world.db, project_id=world.caller.project_id, name="other")
-    requests.submit(world.db, project_id=world.caller.project_id, model=model, body={}, reply_to="127.0.0.1:1")
-
-    assert [wanted.base_model for wanted in claims.unloaded(world.db, worker_id="w1")] == ["other", "smol"]
-
-
 def test_tokens_per_day_are_limited(world: World) -> None:
     claimed = begun(world)
+    project_id = world.caller.project_id
     with world.db.write() as session:
-        session.get_one(Project, world.caller.project_id).max_tokens_per_day = 7
-    assert submit(world, claimed)
+        session.get_one(Project, project_id).max_tokens_per_day = 7
+    requests.check_quota(world.db, project_id=project_id)
     store(world, claimed, 1)
 
     with pytest.raises(QuotaExceeded, match="7 inference tokens per day") as refused:
-        interactive(world)
-    with pytest.raises(QuotaExceeded):
-        submit(world, claimed)
+        requests.check_quota(world.db, project_id=project_id)
 
     assert refused.value.quota | {"resets_at": 0} == {"name": "tokens_per_day", "limit": 7, "used": 7, "resets_at": 0}
+    requests.check_quota(world.db, project_id=world.stranger.project_id)
     world.clock.advance(refused.value.retry_after_seconds)
-    world.worker("w2")
-    assert interactive(world)
+    requests.check_quota(world.db, project_id=project_id)

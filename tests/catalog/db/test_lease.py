@@ -108,5 +108,5 @@ def test_claim_ids_are_unique_in_every_table_that_has_leases() -> None:
         table for table in Table.metadata.sorted_tables if {"claim_id", "lease_expires_at"} <= set(table.c.keys())
     ]
 
-    assert sorted(table.name for table in leased) == ["inference_requests", "jobs", "tasks"]
+    assert sorted(table.name for table in leased) == ["jobs", "tasks"]
     assert all(table.c.claim_id.unique for table in leased)

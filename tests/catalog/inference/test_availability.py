@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from sqlalchemy import select, update
 
-from catalog.fleet import cordons, gangs, workers
+from catalog.fleet import cordons, gangs
 from catalog.inference.availability import inference_states
 from catalog.lifecycle import recording
 from catalog.registry import adapters, base_models
@@ -38,11 +38,6 @@ def states(world: World, names: list[str]) -> list[str]:
     return [found[name] for name in names]
 
 
-def load(world: World, key: str) -> None:
-    workers.register_trainer(world.db, trainer_id="trainer-1", worker_id="w1", base_digest=sha("smol"), pack_key=key)
-    workers.worker_beat(world.db, "w1", resident_base=sha("smol"), trainer_id="trainer-1", report={})
-
-
 def test_models_are_loadable_while_a_worker_runs(world: World, names: list[str]) -> None:
     assert states(world, names) == ["loadable"] * 3
     assert states(world, ["unknown"]) == ["unavailable"]
@@ -58,7 +53,7 @@ def test_workers_of_a_gang_load_no_base_model_for_requests(world: World, names: 
 
     assert states(world, names) == ["unavailable"] * 3
 
-    load(world, pack_key(sha("smol"), "float32"))
+    world.load(pack_key(sha("smol"), "float32"))
 
     assert states(world, names) == ["loaded", "loaded", "unavailable"]
 
@@ -74,13 +69,13 @@ def test_workers_of_a_gang_load_no_base_model_for_requests(world: World, names: 
 def test_model_is_loaded_if_a_trainer_has_its_base_model_in_its_precision(
     world: World, names: list[str], precision: str, quantization: str, expected: list[str]
 ) -> None:
-    load(world, pack_key(sha("smol"), precision, quantization))
+    world.load(pack_key(sha("smol"), precision, quantization))
 
     assert states(world, names) == expected
 
 
 def test_cordoned_worker_does_not_count(world: World, names: list[str]) -> None:
-    load(world, pack_key(sha("smol"), "float32"))
+    world.load(pack_key(sha("smol"), "float32"))
 
     cordons.cordon(world.db, "w1")
 
