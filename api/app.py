@@ -180,6 +180,7 @@ def open_services(settings: Settings, api_settings: ApiSettings) -> Services:
     keepers = EndpointKeepers(
         KeeperTools(db=db, store=store, client=VllmClient(), references=references, pepper=pepper)
     )
+    engines.on_endpoint_lost = keepers.wake
     return Services(
         settings=settings,
         api_settings=api_settings,

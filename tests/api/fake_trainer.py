@@ -137,6 +137,7 @@ class FakeTrainer:
                 answer.abandon()
             else:
                 answer.put(step)
+            await asyncio.sleep(0)
 
 
 def prompt_of(request: Json) -> str:

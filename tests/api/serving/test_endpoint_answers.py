@@ -9,6 +9,7 @@ import openai
 import pytest
 
 from api.deps import Services
+from api.serving.keeper import EndpointKeepers
 from catalog.tables.tenancy import Project
 from tests.api.serving_engines import PROMPT_TOKENS, SERVED, ReferenceTrainer, tokens_of
 from tests.api.serving_site import QUESTION, ServingSite
@@ -230,6 +231,18 @@ def test_server_that_has_lost_the_adapter_gets_it_again_while_the_built_in_engin
     ready.vllm.requests.clear()
     ready.ask()
     assert len(ready.vllm.completions()) == 1
+
+
+def test_keeper_learns_at_once_that_an_endpoint_failed(
+    ready: ServingSite, trainer: ReferenceTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    woken: list[bool] = []
+    monkeypatch.setattr(EndpointKeepers, "on_wake", lambda _: woken.append(True))
+    ready.vllm.fails_with = 503
+
+    assert ready.ask().status_code == 200
+
+    until(lambda: woken)
 
 
 def test_failure_after_the_first_token_ends_the_stream_with_an_error(
