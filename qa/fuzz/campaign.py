@@ -144,7 +144,7 @@ def run(campaign: Campaign, folder: Path, *, database_url: str, echo: TextIO) ->
         planted = plant(services, folder, hooks=receiver.url)
         first, second = planted.keys
         pairs = ((first, second), (second, first), (planted.operator, second))
-        with answering(services.db), serving(settings, log) as url:
+        with answering(services.db, settings), serving(settings, log) as url:
             for me, other in pairs[:1] if campaign.is_short else pairs:
                 site = _Site(folder=folder, url=url, db=services.db, hooks=receiver.url)
                 _ask(campaign, site, me, other, echo=echo, outcome=outcome)

@@ -100,8 +100,12 @@ class FakeTrainer:
         workers.register_trainer(
             self._db, trainer_id=trainer_id, worker_id=worker_id, base_digest=digest, pack_key=self._key
         )
-        workers.worker_beat(self._db, worker_id, resident_base=digest, trainer_id=trainer_id, report={})
+        self.beat()
         workers.report_trainer(self._db, trainer_id, report={}, address=self._server.address, secret=self.secret)
+
+    def beat(self) -> None:
+        digest, trainer_id = self._digest, self.trainer_id
+        workers.worker_beat(self._db, self._worker_id, resident_base=digest, trainer_id=trainer_id, report={})
 
     def close(self) -> None:
         """End, as if the worker was killed."""
