@@ -1,4 +1,4 @@
-"""`python -m qa.chaos`: inject each fault that this machine allows, on both databases, and audit the result."""
+"""`python -m qa.chaos`: inject each fault that this machine allows, and audit what is left."""
 
 from __future__ import annotations
 
@@ -8,49 +8,73 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from qa.chaos.environment import Ground
-from qa.chaos.matrix import NOT_HERE, ROWS
-from qa.chaos.report import Outcome, table
-from qa.chaos.scenario import DATABASES, DatabaseKind, Row
+from qa.chaos.audit.findings import INVARIANTS, Finding
+from qa.chaos.environment import DATABASES, DatabaseKind, Fault, Ground
+from qa.chaos.fault_table import FAULTS
 from tests.services.programs import Missing
 
 LOG_CHARS = 10_000
-"""Number of characters of the processes' logs that are printed if a row fails."""
+"""Number of characters of the processes' logs that are printed if a fault fails."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Outcome:
+    """The outcome of one fault on one database. `failure`: an error, after which nothing was audited. `left_out`: the
+    reason why it could not run."""
+
+    fault: Fault
+    database: str
+    seen: str = ""
+    failure: str | None = None
+    left_out: str | None = None
+    findings: Sequence[Finding] = field(default_factory=list[Finding])
+    seconds: float = 0.0
+
+    @property
+    def is_well(self) -> bool:
+        return self.failure is None and not self.findings
+
+    def line(self) -> str:
+        verdict = "left out" if self.left_out else "ok" if self.is_well else "FAILED"
+        told = self.left_out or self.failure or self.seen
+        found = "".join(f"\n    {finding}" for finding in self.findings)
+        return f"{verdict:8} {self.fault.name:30} {self.database:10} {self.seconds:6.1f} s  {told}{found}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    rows = [row for row in ROWS if any(fnmatch.fnmatch(row.name, pattern) for pattern in options.rows)]
+    faults = [fault for fault in FAULTS if any(fnmatch.fnmatch(fault.name, pattern) for pattern in options.faults)]
     if options.list:
-        sys.stdout.writelines(f"{row.name:32} {row.fault}: {row.also}\n" for row in rows)
+        sys.stdout.writelines(f"{fault.name:30} {fault.what}: {fault.promise}\n" for fault in faults)
         return 0
-    if not rows:
-        sys.stderr.write(f"There is no row {' or '.join(options.rows)}; --list prints all names.\n")
+    if not faults:
+        sys.stderr.write(f"There is no fault {' or '.join(options.faults)}; --list prints all names.\n")
         return 2
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="lorry-faults-") as folder, Ground(Path(folder)) as ground:
-        for row in rows:
-            for kind in row.databases:
+        for fault in faults:
+            for kind in fault.databases:
                 if kind in options.databases:
-                    outcomes.append(_try(ground, row, kind))
+                    outcomes.append(_try(ground, fault, kind))
                     sys.stdout.write(f"{outcomes[-1].line()}\n")
                     sys.stdout.flush()
-    sys.stdout.write(f"\n{table(outcomes, NOT_HERE if options.rows == ['*'] else ())}\n")
+    sys.stdout.write(f"\n{table(outcomes)}\n")
     return 0 if all(outcome.is_well for outcome in outcomes) else 1
 
 
-def _try(ground: Ground, row: Row, kind: DatabaseKind) -> Outcome:
-    """Run one row. Any failure is an outcome, and the other rows still run."""
+def _try(ground: Ground, fault: Fault, kind: DatabaseKind) -> Outcome:
+    """Run one fault. Any failure is an outcome, and the other faults still run."""
     began = time.monotonic()
-    outcome = Outcome(row=row, database=kind)
+    outcome = Outcome(fault=fault, database=kind)
     try:
-        with ground.site(row, kind) as site:
+        with ground.site(fault, kind) as site:
             began = time.monotonic()
             try:
-                outcome.seen = row.act(site)
+                outcome.seen = fault.act(site)
                 site.stop()
             except Exception:
                 sys.stderr.write(f"{site.log()[-LOG_CHARS:]}\n")
@@ -65,11 +89,36 @@ def _try(ground: Ground, row: Row, kind: DatabaseKind) -> Outcome:
     return outcome
 
 
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Return a Markdown table with a summary. A fault that was left out does not count as tried."""
+    head = ("Fault", "Database", "What was done", "What was seen", *INVARIANTS, "Seconds")
+    lines = [_row(head), _row("---" for _ in head)]
+    for outcome in outcomes:
+        seen = f"left out: {outcome.left_out}" if outcome.left_out else outcome.seen
+        seen = f"**failed**: {outcome.failure}" if outcome.failure else seen
+        violated = {finding.invariant for finding in outcome.findings}
+        is_audited = not (outcome.left_out or outcome.failure)
+        marks = [("no" if each in violated else "yes") if is_audited else "-" for each in INVARIANTS]
+        cells = (outcome.fault.name, outcome.database, outcome.fault.what, seen, *marks, f"{outcome.seconds:.0f}")
+        lines.append(_row(cells))
+    num_left_out = sum(outcome.left_out is not None for outcome in outcomes)
+    num_failed = sum(not outcome.is_well for outcome in outcomes)
+    minutes = sum(outcome.seconds for outcome in outcomes) / 60
+    tried = f"{len(outcomes) - num_left_out} tried, {num_left_out} left out, {num_failed} failed"
+    return "\n".join([*lines, "", f"{tried}, {minutes:.0f} minutes."])
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m qa.chaos", description=__doc__)
-    parser.add_argument("--rows", nargs="+", default=["*"], metavar="NAME", help="Names of rows, or patterns: worker-*")
+    parser.add_argument(
+        "--faults", nargs="+", default=["*"], metavar="NAME", help="Names of faults, or patterns: worker-*"
+    )
     parser.add_argument("--databases", nargs="+", choices=DATABASES, default=DATABASES)
-    parser.add_argument("--list", action="store_true", help="List the rows without running them.")
+    parser.add_argument("--list", action="store_true", help="List the faults without running them.")
     return parser
 
 

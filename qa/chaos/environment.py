@@ -1,21 +1,20 @@
-"""The resources that all scenarios of a run share: servers, and a data folder and a database with an imported base
-model."""
+"""A fault and what it needs, and the resources that all faults of a run share: servers, and an imported base model."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import tempfile
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Literal, get_args
 from urllib.parse import urlsplit
 
 import psycopg
 
-from qa.chaos.scenario import DatabaseKind, Row
 from qa.chaos.service import FaultSite, Under
 from tests import tiny_base
 from tests.services.fault_proxy import FaultProxy, fault_proxy
@@ -26,10 +25,34 @@ from tests.services.s3 import new_bucket, s3_server
 from tests.services.small_disk import mounted
 from tests.worker_site import WorkerSite
 
+DatabaseKind = Literal["sqlite", "postgresql"]
+DATABASES: tuple[DatabaseKind, ...] = get_args(DatabaseKind)
+SQLITE: tuple[DatabaseKind, ...] = ("sqlite",)
+POSTGRESQL: tuple[DatabaseKind, ...] = ("postgresql",)
 IMPORTED = "imported"
-"""Name of the PostgreSQL database that is the template of each row's database."""
+"""Name of the PostgreSQL database that is the template of each fault's database."""
 DISK_BYTES = 64 * 2**20
 """Size of a small disk, which is enough for a trainer's directory."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fault:
+    """A fault that is injected. `act` returns what it observed, and raises AssertionError if the promise is broken.
+    When it returns, every job has finished or is about to finish."""
+
+    name: str
+    what: str
+    promise: str
+    act: Callable[[FaultSite], str]
+    databases: tuple[DatabaseKind, ...] = SQLITE
+    environment: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Variables for the site's processes, in addition to those that shorten the waiting times."""
+    has_redis: bool = False
+    has_s3: bool = False
+    """The store is a bucket, which workers reach through a proxy that can fail."""
+    small_disk: str | None = None
+    """A folder of the site that is a separate file system, so that it can be filled. `database` contains SQLite's
+    file."""
 
 
 class Ground:
@@ -47,21 +70,21 @@ class Ground:
         self._open.close()
 
     @contextmanager
-    def site(self, row: Row, kind: DatabaseKind, *, has_weights: bool = True) -> Generator[FaultSite]:
+    def site(self, fault: Fault, kind: DatabaseKind, *, has_weights: bool = True) -> Generator[FaultSite]:
         """Yield a new site. Its remaining processes are killed after the block."""
         imported, weights = self._import(kind), self.weights if has_weights else None
-        folder = Path(tempfile.mkdtemp(prefix=f"{row.name}-{kind}-", dir=self._folder))
+        folder = Path(tempfile.mkdtemp(prefix=f"{fault.name}-{kind}-", dir=self._folder))
         (folder / "data").mkdir()
         with ExitStack() as stack:
-            if row.small_disk is not None:
-                stack.enter_context(mounted(folder / row.small_disk, DISK_BYTES))
+            if fault.small_disk is not None:
+                stack.enter_context(mounted(folder / fault.small_disk, DISK_BYTES))
             shutil.copytree(imported, folder / "data", dirs_exist_ok=True)
-            environment = {**row.environment, **self._database(stack, row, kind, folder)}
+            environment = {**fault.environment, **self._database(stack, fault, kind, folder)}
             under = Under(postgres=self._postgres[1] if kind == "postgresql" else None)
-            if row.has_redis:
+            if fault.has_redis:
                 url, redis = stack.enter_context(restartable_redis())
                 under, environment["LORRY_REDIS_URL"] = replace(under, redis=redis, redis_url=url), url
-            if row.has_s3:
+            if fault.has_s3:
                 proxy, of_store = self._bucket(stack)
                 under, environment = replace(under, store=proxy), {**environment, **of_store}
             site = FaultSite(folder, under=under, weights=weights, **environment)
@@ -69,18 +92,18 @@ class Ground:
             yield site
         shutil.rmtree(folder, ignore_errors=True)
 
-    def _database(self, stack: ExitStack, row: Row, kind: DatabaseKind, folder: Path) -> dict[str, str]:
+    def _database(self, stack: ExitStack, fault: Fault, kind: DatabaseKind, folder: Path) -> dict[str, str]:
         """Create a copy of the database with the imported base model. Returns the variables for it."""
         if kind == "postgresql":
             address, server = self._postgres
             server.start()
-            name = f"row_{os.urandom(4).hex()}"
+            name = f"fault_{os.urandom(4).hex()}"
             url = stack.enter_context(empty_database(address, name, template=IMPORTED))
             with psycopg.connect(address.replace("+psycopg", ""), autocommit=True) as admin:
                 admin.execute("checkpoint")  # else a kill resets the copy's sequences to those of its template
-            stack.callback(server.start)  # a row may have stopped the server, but the database must be dropped
+            stack.callback(server.start)  # a fault may have stopped the server, but the database must be dropped
             return {"LORRY_DATABASE_URL": url}
-        if row.small_disk == "database":
+        if fault.small_disk == "database":
             moved = shutil.move(folder / "data" / "lorry.db", folder / "database" / "lorry.db")
             return {"LORRY_DATABASE_URL": f"sqlite:///{moved}"}
         return {}
@@ -101,7 +124,7 @@ class Ground:
     @cached_property
     def weights(self) -> str:
         """The digest of the small job's adapter without any fault."""
-        nothing = Row(name="undisturbed", fault="none", also="", act=lambda _: "")
+        nothing = Fault(name="undisturbed", what="none", promise="", act=lambda _: "")
         with self.site(nothing, "sqlite", has_weights=False) as site:
             job_id = site.submit_small()
             site.work_until_done()

@@ -32,7 +32,7 @@ from tests.services.running import Restartable, free_port
 from tests.worker_site import BASE, PEPPER, SHORT_LEASE, WorkerSite, wait_until
 
 SMALL: dict[str, Any] = {"hyperparameters": {"batch_size": 4}, "max_steps": 30, "checkpoint_every_steps": 10}
-"""The job of most rows. Its adapter has a known digest."""
+"""The job of most faults. Its adapter has a known digest."""
 NUM_ROWS = 40
 LOOK_SECONDS = 0.05
 PATIENCE_SECONDS = 300.0
@@ -178,7 +178,7 @@ class FaultSite(WorkerSite):
         except httpx.TransportError:
             return False
 
-    # Common actions of rows
+    # Common actions of faults
 
     def submit_small(self, **fields: Any) -> str:
         return self.submit(self.upload(NUM_ROWS), **{**SMALL, **fields})
@@ -210,7 +210,7 @@ class FaultSite(WorkerSite):
             told.append(f"{attempt.reason}{f' from step {step}' if step else ''}")
         return ", then ".join(told)
 
-    # The end of a row
+    # The end of a fault
 
     def stop(self) -> None:
         """Send SIGTERM to all running processes, and check that they exit with status 0."""

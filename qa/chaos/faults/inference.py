@@ -7,17 +7,14 @@ In most rows a job trains at the same time.
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import httpx
 
 from catalog.states import JobState
-from qa.chaos.scenario import POSTGRESQL, Row
 from qa.chaos.service import PATIENCE_SECONDS, FaultSite
 from tests.worker_site import BASE
 
@@ -72,8 +69,8 @@ def _begin(site: FaultSite) -> tuple[subprocess.Popen[bytes], subprocess.Popen[b
     return api, worker
 
 
-def _lost_in_an_answer(site: FaultSite, *, of_trainer: bool, number: signal.Signals) -> str:
-    """Send a signal to the worker or its trainer during an answer. The client reads the same answer to its end."""
+def kill_in_answer(site: FaultSite, *, of_trainer: bool) -> str:
+    """kill -9 of the worker or its trainer during an answer. The client reads the same answer to its end."""
     _, worker = _begin(site)
     site.wait_for_success(site.submit_small())
     whole = _answer(site)  # in the precision of the job, which has loaded the base model
@@ -82,10 +79,7 @@ def _lost_in_an_answer(site: FaultSite, *, of_trainer: bool, number: signal.Sign
     with _streaming(site) as pieces:
         begun = [next(pieces) for _ in range(NUM_BEFORE_FAULT)]
         assert site.job(job_id).state == JobState.RUNNING, "the job ended before the fault"
-        if number == signal.SIGSTOP:
-            site.stop_between_writes(worker)
-        else:
-            (site.trainer_of(worker) if of_trainer else worker).send_signal(number)
+        (site.trainer_of(worker) if of_trainer else worker).kill()
         if not of_trainer:
             site.start_worker()
         text = "".join([*begun, *pieces])
@@ -93,12 +87,10 @@ def _lost_in_an_answer(site: FaultSite, *, of_trainer: bool, number: signal.Sign
     assert text == whole, "the answer changed"
     site.wait_for_success(job_id, is_small=False)
     site.wait_until(lambda: site.num_open_requests() == 0)
-    if number == signal.SIGSTOP:
-        worker.send_signal(signal.SIGCONT)
     return f"the client read the whole answer; the job: {site.attempts_text(job_id)}"
 
 
-def _api_killed(site: FaultSite) -> str:
+def kill_api_in_answer(site: FaultSite) -> str:
     """kill -9 of the API server during an answer."""
     api, _ = _begin(site)
     whole = _answer(site)
@@ -121,7 +113,7 @@ def _api_killed(site: FaultSite) -> str:
     return f"{lost}; the next API server answers; no request is left"
 
 
-def _never_read(site: FaultSite) -> str:
+def never_read(site: FaultSite) -> str:
     """A client opens a stream of many megabytes, and reads nothing."""
     _begin(site)
     whole = _answer(site)
@@ -130,56 +122,3 @@ def _never_read(site: FaultSite) -> str:
         site.wait_until(lambda: site.num_open_requests() == 0)
     assert answers == [whole] * 3
     return "3 other answers meanwhile; its request is gone although it stays connected"
-
-
-def _database_restarted(site: FaultSite) -> str:
-    """Stop PostgreSQL during an answer, and start it again."""
-    assert site.under.postgres is not None
-    _begin(site)
-    whole = _answer(site)
-    with _streaming(site) as pieces:
-        begun = [next(pieces) for _ in range(NUM_BEFORE_FAULT)]
-        site.under.postgres.kill()
-        site.under.postgres.start()
-        text = "".join([*begun, *pieces])
-
-    assert text == whole, "the answer changed"
-    site.wait_until(lambda: site.num_open_requests() == 0)
-    assert _answer(site) == whole
-    return "the client read the whole answer, and the next one"
-
-
-ROWS = (
-    *(
-        Row(
-            name=f"inference-{name}",
-            fault=f"{words} during an answer, while a job trains",
-            also="the client reads the same answer to its end; the job succeeds; no request is left",
-            act=partial(_lost_in_an_answer, of_trainer=of_trainer, number=number),
-        )
-        for name, words, of_trainer, number in (
-            ("worker-killed", "kill -9 of the worker", False, signal.SIGKILL),
-            ("worker-stopped", "SIGSTOP of the worker", False, signal.SIGSTOP),
-            ("trainer-killed", "kill -9 of the trainer", True, signal.SIGKILL),
-        )
-    ),
-    Row(
-        name="inference-api-killed",
-        fault="kill -9 of the API server during an answer",
-        also="the client gets an error; the next API server answers; no request is left",
-        act=_api_killed,
-    ),
-    Row(
-        name="inference-client-never-reads",
-        fault="a client that never reads its answer",
-        also="other clients get theirs; its request is gone although it stays connected",
-        act=_never_read,
-    ),
-    Row(
-        name="inference-database-restarted",
-        fault="PostgreSQL is killed and restarted during an answer",
-        also="the client reads the same answer to its end",
-        act=_database_restarted,
-        databases=POSTGRESQL,
-    ),
-)

@@ -14,7 +14,6 @@ from typing import Any
 import httpx
 
 from catalog.registry import base_models
-from qa.chaos.scenario import Row
 from qa.chaos.service import PATIENCE_SECONDS, FaultSite
 from tests.services.running import free_port
 from tests.worker_site import BASE
@@ -102,7 +101,7 @@ class _Serving:
         return found
 
 
-def _down_and_back(site: FaultSite) -> str:
+def kill_endpoint(site: FaultSite) -> str:
     """kill -9 of the server during answers, and later a server without adapters in its place."""
     site.start_api()
     site.start_worker()
@@ -137,14 +136,3 @@ def _down_and_back(site: FaultSite) -> str:
     assert serving.num_answered() == 1, "the endpoint did not answer after it came back"
     site.wait_until(lambda: site.num_open_requests() == 0)
     return f"{len(ends)} streams ended with answer_interrupted; 4 other answers meanwhile; loaded and verified again"
-
-
-ROWS = (
-    Row(
-        name="serving-endpoint-down-and-back",
-        fault="kill -9 of a serving endpoint during answers; later it is back without adapters",
-        also="streams end with a code; the built-in engine answers; the adapter is loaded, verified and used again",
-        act=_down_and_back,
-        environment={"LORRY_IDLE_SECONDS": "60"},  # else each answer needs a new trainer
-    ),
-)
