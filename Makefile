@@ -28,7 +28,7 @@ help:
 	@echo "make test-postgres    run the tests of API server, catalog and clients on PostgreSQL instead of SQLite"
 	@echo "make test-compose     follow the guides' steps with Docker Compose on a Docker engine; needs root and mmdebstrap; 15 minutes"
 	@echo "make test-deepspeed   run the tests of DeepSpeed ZeRO-3 sharding; installs DeepSpeed and compiles a part of it"
-	@echo "make test-faults      run the fault-injection tests on a real service with SQLite and PostgreSQL; about an hour"
+	@echo "make test-faults      inject 43 faults into a real service with SQLite or PostgreSQL; half an hour"
 	@echo "make soak        run the chaos soak test: 300 jobs on four workers, a random fault every few seconds; 45 minutes"
 	@echo "make fuzz        fuzz the API with tens of thousands of requests, on SQLite and PostgreSQL; 30 minutes or more"
 	@echo "make bench       compare Lorry with PEFT, Trainer and TRL on this machine, with a real language model; 20 minutes"

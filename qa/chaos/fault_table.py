@@ -1,5 +1,4 @@
-"""All faults, in the order in which they run. Each has another mechanism: kills at two moments that differ only in
-progress are one fault.
+"""All faults, in the order in which they run. Each has another mechanism.
 
 A fault that depends on transactions, locks or leases runs on both databases, and any other on SQLite.
 """
@@ -10,13 +9,13 @@ from functools import partial
 
 from catalog.states import EndReason
 from qa.chaos.environment import DATABASES, POSTGRESQL, Fault
-from qa.chaos.faults import backends, inference, jobs, processes, serving, storage
+from qa.chaos.faults import backends, inference, jobs, processes, storage
 
 COMPLETED = [EndReason.COMPLETED]
 LOST = [EndReason.INFRA_LOST, EndReason.COMPLETED]
 RESUMES = "its trainer is gone within a second; the job resumes at most one checkpoint back, with the same bytes"
 LONG_LEASE = {"LORRY_LEASE_SECONDS": "60", "LORRY_HEARTBEAT_SECONDS": "1"}
-kill_at, kill_while = processes.kill_worker_at, processes.kill_worker_while
+kill_at = processes.kill_worker_at
 
 WORKER_FAULTS = (
     Fault(
@@ -30,14 +29,8 @@ WORKER_FAULTS = (
         name="worker-killed-at-step",
         what="kill -9 of the worker at step 25 of 30",
         promise=RESUMES,
-        act=partial(kill_while, failpoint="step_25", is_there=processes.is_at_step_25),
+        act=processes.kill_worker_at_step_25,
         databases=DATABASES,
-    ),
-    Fault(
-        name="worker-killed-in-checkpoint",
-        what="kill -9 of the worker while its trainer writes a checkpoint",
-        promise=RESUMES,
-        act=partial(kill_while, failpoint="in_checkpoint", is_there=processes.is_in_checkpoint),
     ),
     Fault(
         name="worker-killed-storing",
@@ -203,13 +196,6 @@ ANSWER_FAULTS = (
         what="a client that never reads its answer",
         promise="other clients get theirs; its request is gone although it stays connected",
         act=inference.never_read,
-    ),
-    Fault(
-        name="serving-endpoint-killed",
-        what="kill -9 of a serving endpoint during answers; later it is back without adapters",
-        promise="streams end with a code; the built-in engine answers; the adapter is loaded, verified and used again",
-        act=serving.kill_endpoint,
-        environment={"LORRY_IDLE_SECONDS": "60"},  # else each answer needs a new trainer
     ),
 )
 BACKEND_FAULTS = (

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from typing import Any
@@ -50,12 +49,13 @@ def kill_worker_at(site: FaultSite, *, failpoint: str, reasons: list[EndReason],
     return f"its processes gone {seconds:.1f} s later; {site.attempts_text(job_id)}"
 
 
-def kill_worker_while(site: FaultSite, *, failpoint: str, is_there: Callable[[FaultSite, str], None]) -> str:
-    """kill -9 of the worker while its trainer waits at the failpoint."""
+def kill_worker_at_step_25(site: FaultSite) -> str:
+    """kill -9 of the worker while its trainer is at step 25 of 30."""
     job_id = site.submit_small()
-    first = site.start_worker(FAILPOINT=f"{failpoint}:hang")
+    first = site.start_worker(FAILPOINT="step_25:hang")
     trainer = site.trainer_of(first)
-    is_there(site, job_id)
+    site.wait_until(lambda: site.checkpoint_steps(job_id) == [10, 20])
+    site.wait_for_step(25, job_id)
     assert trainer.is_running()
     first.kill()
     first.wait()
@@ -75,15 +75,6 @@ def _assert_resumed(site: FaultSite, job_id: str) -> None:
     for lost, after in pairwise(attempts):
         there = [event.data["step"] for event in told if event.data and event.created_at <= lost.ended_at]
         assert (after.resumed_from_step or 0) == max(there, default=0), site.attempts_text(job_id)
-
-
-def is_at_step_25(site: FaultSite, job_id: str) -> None:
-    site.wait_until(lambda: site.checkpoint_steps(job_id) == [10, 20])
-    site.wait_for_step(25, job_id)
-
-
-def is_in_checkpoint(site: FaultSite, _job_id: str) -> None:
-    site.wait_for_file("jobs/*/checkpoints/step-10-adapter/adapter_model.safetensors")
 
 
 def stop_worker_for_two_leases(site: FaultSite) -> str:

@@ -16,8 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from qa.chaos.environment import Ground
-from qa.chaos.scenario import Row
+from qa.chaos.environment import Fault, Ground
 from qa.chaos.soak import job_kinds, report
 from qa.chaos.soak.run import Plan, Soak
 from tests.worker_site import ROOT
@@ -48,26 +47,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # the S3 server logs each request
     works = job_kinds.works(options.seeds)
     with tempfile.TemporaryDirectory(prefix="lorry-soak-") as folder, Ground(Path(folder)) as ground:
-        with ground.site(_row("alone", has_servers=False), "sqlite", has_weights=False) as site:
+        with ground.site(_chance("alone", has_servers=False), "sqlite", has_weights=False) as site:
             undisturbed = job_kinds.train_alone(site, works)
-        report.of_works(undisturbed)
-        with ground.site(_row("soak", has_servers=True), "postgresql", has_weights=False) as site:
+        with ground.site(_chance("soak", has_servers=True), "postgresql", has_weights=False) as site:
             try:
                 seen = Soak(site, plan, undisturbed, works).run()
             finally:
                 if options.logs is not None:
                     _keep_logs(site.folder, options.logs)
-    report.of_run(plan, seen)
+    result = report.result_of(plan, seen, undisturbed)
+    report.show(plan, seen, result)
     if options.out is not None:
-        path = report.write(plan, seen, undisturbed, options.out, note=options.note, load_before=load_before)
+        path = report.write(result, options.out, note=options.note, load_before=load_before)
         sys.stdout.write(f"{path}\n")
     return 1 if seen.problems or seen.findings else 0
 
 
-def _row(name: str, *, has_servers: bool) -> Row:
+def _chance(name: str, *, has_servers: bool) -> Fault:
     environment = ENVIRONMENT if has_servers else {}
     given = {"has_redis": has_servers, "has_s3": has_servers, "environment": environment}
-    return Row(name=name, fault="chance", also="", act=lambda _: "", **given)
+    return Fault(name=name, what="chance", promise="", act=lambda _: "", **given)
 
 
 def _keep_logs(folder: Path, to: Path) -> None:

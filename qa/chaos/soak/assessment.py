@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from catalog.states import ENDINGS, MAX_COUNTED_ATTEMPTS, EndReason
 from qa.chaos.audit.tables import Record
-from qa.chaos.soak.load_client import Sample
 from qa.chaos.soak.process_keeper import Away, Window
+from qa.chaos.soak.tenants import Sample
 from worker.process.exit_status import WAS_KILLED
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -70,16 +70,11 @@ def _crashes(found: Record, job_id: str) -> list[str]:
 
 def is_put_aside_by_kills(job: Ended) -> bool:
     """Return whether the failure of a job is expected: its trainer was killed too often without a new checkpoint in
-    between, and only the soak sends SIGKILL. If the job is submitted again, it must succeed."""
+    between, and only the soak sends SIGKILL."""
     is_quarantined = job.state == "failed" and (job.error or {}).get("code") == "quarantined"
     is_by_the_last = list(job.reasons[-1:]) == [EndReason.TRAINER_CRASHED]  # else too many of its workers were lost
     are_kills = len(job.crashes) >= MAX_COUNTED_ATTEMPTS and set(job.crashes) == {WAS_KILLED}
     return is_quarantined and is_by_the_last and are_kills
-
-
-def again(key: str) -> str:
-    """Return the key with which the same work is submitted again."""
-    return f"again-{key}"
 
 
 def problems(
@@ -91,21 +86,26 @@ def problems(
     *,
     of_operator: Iterable[Sample] = (),
 ) -> list[str]:
-    """Return the problems of a soak. An empty list means that there are none.
+    """Return the problems of a soak that the auditor can't know: wrong bytes, lost jobs, and wrong answers.
 
     submitted: by key, the name of the submitted work. digests: by work, the digest of its result without any fault.
     of_operator: responses to requests that may be refused, for example a pause of a job that has just finished.
     """
     asked = list(samples)
-    accepted: dict[str, set[str]] = defaultdict(set)
-    for sample in asked:
-        if sample.key is not None and sample.job_id is not None:
-            accepted[sample.key].add(sample.job_id)
-    found: list[str] = []
-    for key, work in submitted.items():
-        found += _of_key(key, accepted[key], jobs, digests[work], submitted)
-    named = {job_id for ids in accepted.values() for job_id in ids}
-    found += [f"{job_id}: it exists, but no response named it" for job_id in sorted(set(jobs) - named)]
+    named = {sample.job_id: sample.key for sample in asked if sample.key is not None and sample.job_id is not None}
+    found = [f"{key}: no response named a job" for key in submitted if key not in named.values()]
+    for job_id, job in jobs.items():
+        key = named.get(job_id)
+        if key is None:
+            found.append(f"{job_id}: it exists, but no response named it")
+            continue
+        if job.state != "succeeded" and not is_put_aside_by_kills(job):
+            found.append(
+                f"{key}: {job_id} is {job.state}, after {_told(job.reasons)}: {(job.error or {}).get('message')}"
+            )
+        undisturbed = digests[submitted[key]]
+        if any(digest != undisturbed for digest in job.digests):
+            found.append(f"{key}: {job_id} has the bytes {', '.join(job.digests)}, undisturbed {undisturbed}")
     found += _told_bad(asked, windows, lambda sample: _is_bad(sample, windows) or 400 <= sample.status < 500)
     return [*found, *_told_bad(of_operator, windows, lambda sample: _is_bad(sample, windows))]
 
@@ -118,26 +118,6 @@ def refusals(samples: Iterable[Sample]) -> Counter[str]:
             advice = " with Retry-After" if sample.retry_after else ""
             found[f"{sample.what}: {sample.status} {sample.told}{advice}"] += 1
     return found
-
-
-def _of_key(
-    key: str, ids: set[str], jobs: Mapping[str, Ended], digest: str, asked_again: Collection[str]
-) -> Iterator[str]:
-    if len(ids) != 1:
-        yield f"{key}: responses named {len(ids)} jobs"
-    for job_id in sorted(ids):
-        job = jobs.get(job_id)
-        if job is None:
-            yield f"{key}: {job_id} was accepted, but does not exist"
-            continue
-        is_asked_again = again(key) in asked_again and is_put_aside_by_kills(job)
-        if job.state != "succeeded" and not is_asked_again:
-            yield f"{key}: {job_id} is {job.state}, after {_told(job.reasons)}: {(job.error or {}).get('message')}"
-        completed = sum(reason == "completed" for reason in job.reasons)
-        if completed > 1 or len(job.digests) > 1:
-            yield f"{key}: {job_id} was completed {completed} times, with {len(job.digests)} adapters"
-        if any(each != digest for each in job.digests):
-            yield f"{key}: {job_id} has the bytes {', '.join(job.digests)}, undisturbed {digest}; {_told(job.reasons)}"
 
 
 def _told(reasons: Sequence[str | None]) -> str:

@@ -1,18 +1,18 @@
 """A soak's test of isolation: two stretches of equal load, the ordinary project alone, then next to a noisy neighbor.
 
 In both, the ordinary project submits more jobs than the workers finish, so that the processors are equally busy. No
-faults are injected. `problems` compares the effects on other tenants: latency, lease renewals, cordons and shares.
+faults are injected. `problems` compares the effects on other tenants: latency, lease renewals and shares.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,13 +27,13 @@ from catalog.errors import LorryError
 from catalog.jobs import commands
 from catalog.pepper import Pepper
 from catalog.states import FINAL_STATES, JobState
-from catalog.tables.fleet import Trainer, Worker
+from catalog.tables.fleet import Worker
 from catalog.tables.jobs import Job
 from catalog.tables.usage import UsageDay
 from catalog.webhooks import endpoints
 from qa.chaos.service import FaultSite
 from qa.chaos.soak.assessment import Compared
-from qa.chaos.soak.neighbor import CRASH_SUFFIX
+from qa.chaos.soak.tenants import read_samples
 from tests.api.hook_receiver import Answer, Received, receiving
 from tests.worker_site import PEPPER, ROOT
 
@@ -47,7 +47,6 @@ MIN_SHARE = 0.9
 MIN_SAMPLES = 100
 """Minimum number of samples in each stretch, because a p99 of fewer samples is unreliable."""
 WATCH_SECONDS = 0.25
-CRASH_SECONDS = 1.0
 HOOK_SECONDS = 14.0
 """A webhook is given up after 15."""
 
@@ -81,9 +80,7 @@ class Isolated:
     project_id: str = ""
     alone: Stretch = field(default_factory=Stretch)
     disturbed: Stretch = field(default_factory=Stretch)
-    statuses: Mapping[str, Mapping[str, int]] = field(default_factory=dict[str, Mapping[str, int]])
-    num_crashes: int = 0
-    num_cordons: int = 0
+    statuses: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     lease_seconds: float = 0.0
 
 
@@ -105,10 +102,6 @@ def problems(isolated: Isolated, compared: Sequence[Compared]) -> Iterator[str]:
             yield f"{worker_id}: {seconds:.1f} s between two heartbeats, but a third of a lease is {most:.1f} s"
     if not isolated.disturbed.gaps:
         yield "no worker sent a heartbeat next to the neighbor"
-    if isolated.num_cordons:
-        yield f"{isolated.num_cordons} workers were cordoned next to the neighbor"
-    if not isolated.num_crashes:
-        yield "no trainer crashed because of the neighbor's jobs"
     if not isolated.disturbed.num_waiting:
         yield "the ordinary project's queue was empty at the end, so its share is meaningless"
     num_projects = len(isolated.disturbed.device_seconds)
@@ -167,22 +160,18 @@ class Neighborhood:
         project_id, key = self._create()
         folder = self.site.folder / NAME
         folder.mkdir()
+        path = folder / "samples.jsonl"
         with receiving() as receiver:
             receiver.answer = self._answer_late
-            (folder / "slow-hook").write_text(receiver.url, "utf-8")
-            argv = [sys.executable, "-m", "qa.chaos.soak.neighbor", self.site.url, key, str(folder)]
-            client = subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+            argv = [sys.executable, "-m", "qa.chaos.soak.tenants", "noisy", self.site.url, key, str(path), receiver.url]
+            client = subprocess.Popen(argv, stdin=subprocess.PIPE, cwd=ROOT)
             _use_processors(client.pid, _elsewhere())
-            crashing = threading.Event()
-            thread = threading.Thread(target=self._crash, args=(project_id, crashing))
-            thread.start()
             try:
                 yield
             finally:
-                crashing.set()
-                thread.join()
-                told, _ = client.communicate(timeout=180)
-                self.found.statuses = json.loads(told or "{}")
+                client.communicate(timeout=180)
+        for sample in read_samples(path):
+            self.found.statuses[sample.what][f"{sample.status} {sample.told}".strip()] += 1
         self._cancel_all(project_id)
         self._disable_endpoints(project_id)
 
@@ -205,20 +194,6 @@ class Neighborhood:
         key = self.site.ask("POST", "/v1/api_keys", json=wanted)
         assert key.status_code == 200, key.text
         return made.json()["id"], key.json()["value"]
-
-    def _crash(self, project_id: str, is_over: threading.Event) -> None:
-        """Kill each trainer that trains one of the neighbor's crashing jobs."""
-        running = select(Trainer.report).join(Job, Job.trainer_id == Trainer.id)
-        running = running.where(Job.project_id == project_id, Job.state == JobState.RUNNING, Trainer.ended_at.is_(None))
-        while not is_over.wait(CRASH_SECONDS):
-            with self.site.db.read() as session:
-                reports = session.scalars(running.where(Job.requested["suffix"].as_string() == CRASH_SUFFIX)).all()
-            for pid in {report["pid"] for report in reports if report and "pid" in report}:
-                try:
-                    psutil.Process(pid).kill()
-                except psutil.NoSuchProcess:
-                    continue
-                self.found.num_crashes += 1
 
     def _cancel_all(self, project_id: str) -> None:
         def unfinished() -> list[str]:

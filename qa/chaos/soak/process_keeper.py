@@ -19,11 +19,16 @@ from sqlalchemy import select
 
 from catalog.errors import LorryError
 from catalog.tables.fleet import Worker
-from qa.chaos.faults.redis import CELERY
+from qa.chaos.faults.backends import CELERY
 from qa.chaos.service import FaultSite
-from qa.chaos.soak.fault_schedule import FAILPOINTS
-from qa.chaos.soak.load_client import Sample
+from qa.chaos.soak.tenants import Sample
 
+FAILPOINTS = (
+    *("before_claim", "after_claim", "uploading", "before_complete", "in_complete", "after_complete"),
+    *("loading", "step_20", "step_75", "step_130", "in_checkpoint"),
+    *("submit_before_commit", "submit_after_commit"),
+)
+"""A fault can make the next process that passes one kill itself."""
 OPERATOR_SECONDS = 2.0
 """Interval at which cordoned workers are uncordoned."""
 Away = Literal["api", "database"]

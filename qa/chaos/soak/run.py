@@ -20,14 +20,14 @@ from catalog.states import FINAL_STATES
 from catalog.tables.jobs import Job
 from qa.chaos.audit import tables
 from qa.chaos.audit.findings import Finding
-from qa.chaos.faults.api import add_endpoint, all_delivered
+from qa.chaos.faults.processes import add_endpoint, all_delivered
 from qa.chaos.service import BASE, FaultSite
-from qa.chaos.soak import assessment, fault_schedule, isolation, job_kinds
-from qa.chaos.soak.fault_injection import Acts
+from qa.chaos.soak import assessment, isolation, job_kinds
 from qa.chaos.soak.isolation import Isolated, Neighborhood
 from qa.chaos.soak.job_kinds import Files, Undisturbed, Work
-from qa.chaos.soak.load_client import Sample
 from qa.chaos.soak.process_keeper import Kept, Window
+from qa.chaos.soak.soak_faults import Acts, draw
+from qa.chaos.soak.tenants import Sample, read_samples
 from tests.api.hook_receiver import Answer, Received, receiving
 from tests.worker_site import ROOT
 
@@ -77,8 +77,6 @@ class Soaked:
     refusals: Counter[str] = field(default_factory=Counter[str])
     started: Counter[str] = field(default_factory=Counter[str])
     not_passed: list[str] = field(default_factory=list[str])
-    num_put_back: int = 0
-    num_truncated: int = 0
     num_uncordoned: int = 0
     num_hooks: int = 0
     """Received webhooks."""
@@ -125,7 +123,7 @@ class Soak:
         if self.plan.isolation_minutes:
             self._isolate(asking, files)
         self._storm(asking, files)
-        self._rest(path, asking, files)
+        self._rest(path)
         assert asking.stdin is not None
         asking.stdin.close()
         assert asking.wait(120) == 0, self.site.log()
@@ -147,28 +145,26 @@ class Soak:
         near, seconds = Neighborhood(self.site, self._while), self.plan.isolation_minutes * 60
         number, every = int(seconds / (self.plan.every / OVERLOAD)), self.plan.every / OVERLOAD
         stretch = {"seconds": seconds, "warm_seconds": min(WARM_SECONDS, seconds / 3)}
-        num_uncordoned = len(self.kept.answers)
         with near.separate_machines(self.kept.workers):
             self._submit(asking, files, "alone", number, every=every)
             near.measure(near.found.alone, **stretch)
             self._submit(asking, files, "disturbed", number, every=every)
             with near.neighbor():
                 near.measure(near.found.disturbed, **stretch)
-        near.found.num_cordons = len(self.kept.answers) - num_uncordoned
         self.seen.isolated = near.found
 
     def _storm(self, asking: subprocess.Popen[str], files: Files) -> None:
         self._submit(asking, files, "storm", self.plan.num_jobs)
         began, began_at = time.monotonic(), time.time()
         seconds = self.plan.minutes * 60
-        for fault in fault_schedule.draw(self.plan.seed, seconds=seconds):
+        for fault in draw(self.plan.seed, seconds=seconds):
             self._while(lambda due=began + fault.at: time.monotonic() < due)
             self.acts.do(fault)
         self._while(lambda: time.monotonic() < began + seconds)
         self.seen.storm = (began_at, time.time())
 
-    def _rest(self, path: Path, asking: subprocess.Popen[str], files: Files) -> None:
-        """Wait until everything is finished, without further faults. Quarantined jobs are submitted again."""
+    def _rest(self, path: Path) -> None:
+        """Wait until everything is finished, without further faults."""
         began = time.monotonic()
         while not self.acts.is_over:
             self.acts.tick(at_once=True)
@@ -176,30 +172,18 @@ class Soak:
         self.seen.not_passed = self.acts.disarm()
         patience = self.plan.patience_minutes * 60
         self._while(lambda: time.monotonic() < began + patience and not self._is_done(path))
-        if orders := self._asked_again(path, files):
-            self._send(asking, orders)
-            self._while(lambda: time.monotonic() < began + 2 * patience and not self._is_done(path))
         self.seen.seconds_after = time.monotonic() - began
 
     def _is_done(self, path: Path) -> bool:
         time.sleep(1.0)
-        keys = {sample.key for sample in _read(path) if sample.job_id is not None}
+        keys = {sample.key for sample in read_samples(path) if sample.job_id is not None}
         states = self._states()
         is_ended = keys == set(self.seen.submitted) and set(states) <= FINAL_STATES and bool(states)
         return is_ended and all_delivered(self.site)
 
-    def _asked_again(self, path: Path, files: Files) -> list[dict[str, Any]]:
-        """Return the orders for quarantined jobs, which are submitted again as their remedy recommends."""
-        works, jobs = {work.name: work for work in self.works}, self._ended()
-        key_of = {sample.job_id: sample.key for sample in _read(path) if sample.key and sample.job_id}
-        aside = [job_id for job_id, job in jobs.items() if job_id in key_of and assessment.is_put_aside_by_kills(job)]
-        keys = sorted(key_of[job_id] for job_id in aside)
-        return [self._order(assessment.again(key), works[self.seen.submitted[key]], files) for key in keys]
-
     def _judge(self, path: Path) -> None:
         seen = self.seen
-        seen.num_truncated, seen.num_put_back = len(self.acts.truncated), self.acts.put_back()
-        seen.samples, seen.windows = _read(path), self.kept.windows
+        seen.samples, seen.windows = read_samples(path), self.kept.windows
         seen.done, seen.left_out, seen.started = self.acts.done, self.acts.left_out, self.kept.started
         of_operator = [*self.acts.answers, *self.kept.answers]
         seen.refusals = assessment.refusals(of_operator)
@@ -250,7 +234,7 @@ class Soak:
     # The client
 
     def _start_asking(self, path: Path) -> subprocess.Popen[str]:
-        argv = [sys.executable, "-m", "qa.chaos.soak.load_client", self.site.url, self.site.key, str(path)]
+        argv = [sys.executable, "-m", "qa.chaos.soak.tenants", "ordinary", self.site.url, self.site.key, str(path)]
         return subprocess.Popen(argv, stdin=subprocess.PIPE, text=True, cwd=ROOT)
 
     def _submit(
@@ -271,7 +255,3 @@ class Soak:
         assert asking.stdin is not None
         asking.stdin.write(json.dumps({"jobs": orders, "every": every or self.plan.every}) + "\n")
         asking.stdin.flush()
-
-
-def _read(path: Path) -> list[Sample]:
-    return [Sample(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]

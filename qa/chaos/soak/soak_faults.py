@@ -1,10 +1,12 @@
-"""Injects the faults of a soak, and reverts those that last. A fault without a target is counted separately.
+"""The faults of a soak: drawn from a seed before the first one, so that a run can be repeated, injected and reverted.
 
-Nothing here waits: `tick` reverts lasting faults when they are due, while other faults continue.
+The target of a fault is drawn as a position among the targets that exist at its time. A fault without a target is
+counted separately. Nothing here waits: `Acts.tick` reverts lasting faults when they are due.
 """
 
 from __future__ import annotations
 
+import random
 import signal
 import time
 import traceback
@@ -14,27 +16,89 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import httpx
-import obstore
 import psutil
 import redis
-from obstore.store import from_url
-from sqlalchemy import func, select
+from sqlalchemy import select
 
 from catalog.errors import LorryError
 from catalog.states import JobState
-from catalog.tables.fleet import Trainer
-from catalog.tables.history import Checkpoint
 from catalog.tables.jobs import Job
-from catalog.tables.storage import Adapter, Artifact
-from qa.chaos.faults.store import BROKEN
+from qa.chaos.faults.storage import BROKEN
 from qa.chaos.service import FaultSite
-from qa.chaos.soak.fault_schedule import Fault
-from qa.chaos.soak.load_client import Sample
-from qa.chaos.soak.process_keeper import Kept, timed
+from qa.chaos.soak.process_keeper import FAILPOINTS, Kept, timed
+from qa.chaos.soak.tenants import Sample
 
 JOBS = "/v1/fine_tuning/jobs"
 AGAIN_SECONDS = 1.0
+GAP_SECONDS = (2.0, 6.0)
+"""Minimum and maximum time between two faults."""
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Kind:
+    """A kind of fault. lasts: minimum and maximum seconds until it is reverted; 0: it does not last."""
+
+    says: str
+    weight: int
+    lasts: tuple[float, float] = (0.0, 0.0)
+
+
+KINDS = {
+    "trainer-killed": Kind(says="SIGKILL of a trainer", weight=7),
+    "trainer-stopped": Kind(says="SIGSTOP of a trainer, then SIGCONT", weight=5, lasts=(1.0, 20.0)),
+    "worker-killed": Kind(says="SIGKILL of a worker, then a new one", weight=6),
+    "worker-stopped": Kind(
+        says="SIGSTOP of a worker, then SIGCONT, half of them longer than a lease", weight=5, lasts=(1.0, 30.0)
+    ),
+    "worker-drained": Kind(says="SIGTERM of a worker, then a new one", weight=5),
+    "failpoint": Kind(says="SIGKILL of the next process that passes a failpoint", weight=10),
+    "job-paused": Kind(says="a running job paused and resumed over HTTP", weight=10, lasts=(1.0, 12.0)),
+    "api-killed": Kind(says="SIGKILL of the API server, then a new one", weight=3),
+    "api-restarted": Kind(says="SIGTERM of the API server, then a new one", weight=3),
+    "redis-flushed": Kind(says="FLUSHALL", weight=4),
+    "redis-restarted": Kind(says="Redis killed, and empty after its restart", weight=3, lasts=(0.5, 8.0)),
+    "postgres-restarted": Kind(says="PostgreSQL stopped and restarted", weight=3, lasts=(0.5, 5.0)),
+    "postgres-killed": Kind(says="PostgreSQL killed and restarted", weight=2, lasts=(0.0, 2.0)),
+    "store-failing": Kind(says="the store responds with 500 to every request", weight=5, lasts=(2.0, 10.0)),
+}
+"""`Acts` has a method for each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fault:
+    """A fault. at: seconds after the faults begin. place: in [0, 1), the position of its target among all targets."""
+
+    at: float
+    kind: str
+    place: float
+    lasts: float = 0.0
+    failpoint: str | None = None
+
+
+def draw(seed: int, *, seconds: float) -> list[Fault]:
+    """Return all faults of a run, in their order."""
+    choose = random.Random(seed)
+    faults: list[Fault] = []
+    at = choose.uniform(*GAP_SECONDS)
+    while at < seconds:
+        faults.append(_one(choose, at))
+        at += choose.uniform(*GAP_SECONDS)
+    return faults
+
+
+def _one(choose: random.Random, at: float) -> Fault:
+    (kind,) = choose.choices(list(KINDS), [each.weight for each in KINDS.values()])
+    place, part, failpoint = choose.random(), choose.random(), choose.choice(FAILPOINTS)
+    least, most = KINDS[kind].lasts
+    is_failpoint = kind == "failpoint"
+    return Fault(
+        at=at,
+        kind=kind,
+        place=place,
+        lasts=least + part * (most - least),
+        failpoint=failpoint if is_failpoint else None,
+    )
 
 
 class Nobody(Exception):
@@ -49,14 +113,6 @@ class _Later:
     act: Callable[[], bool]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class CutShort:
-    """A file without its last byte. content: of the whole file. at: in seconds since 1970."""
-
-    content: bytes
-    at: float
-
-
 class Acts:
     def __init__(self, site: FaultSite, kept: Kept) -> None:
         self.site = site
@@ -67,8 +123,6 @@ class Acts:
         """Responses to all pauses and resumes."""
         self.failures: list[str] = []
         """Faults that could not be injected although they had a target."""
-        self.truncated: dict[str, CutShort] = {}
-        """Truncated files, by their digest."""
         self._later: list[_Later] = []
 
     def do(self, fault: Fault) -> None:
@@ -105,35 +159,6 @@ class Acts:
             self.site.gate(name).unlink(missing_ok=True)
         return left
 
-    def put_back(self) -> int:
-        """Restore the files that are still truncated, so that the auditor finds only faults of Lorry.
-
-        Files that were stored again in the meantime must be intact, so they are not restored. Files that are missing in
-        the store were deleted by Lorry. Returns the number of restored files.
-        """
-        store = from_url(self.site.settings.resolved_store_url(), client_options={"allow_http": True})
-        stored_at = self._stored_at()
-        number = 0
-        for digest, cut in self.truncated.items():
-            try:
-                is_whole = obstore.head(store, _key(digest))["size"] == len(cut.content)
-            except FileNotFoundError:
-                continue
-            if not is_whole and stored_at.get(digest, 0.0) < cut.at:
-                obstore.put(store, _key(digest), cut.content)
-                number += 1
-        return number
-
-    def _stored_at(self) -> dict[str, float]:
-        """Return, by file, when the latest checkpoint or adapter with it was created."""
-        latest: dict[str, float] = {}
-        with self.site.db.read() as session:
-            for owner in (Checkpoint, Adapter):
-                named = select(owner.created_at, Artifact.files).join(Artifact, Artifact.digest == owner.artifact)
-                for at, files in session.execute(named):
-                    latest |= {file["digest"]: max(at, latest.get(file["digest"], 0.0)) for file in files}
-        return latest
-
     def _then(self, seconds: float, act: Callable[[], bool | None]) -> None:
         self._later.append(_Later(due=time.monotonic() + seconds, act=lambda: bool(act())))
 
@@ -167,29 +192,6 @@ class Acts:
         self._then(seconds, lambda: _wake(processes))
 
     # Jobs
-
-    def _checkpoint_truncated(self, fault: Fault) -> None:
-        pid, digest = _at(fault.place, self._with_two_checkpoints())
-        store = from_url(self.site.settings.resolved_store_url(), client_options={"allow_http": True})
-        content = bytes(obstore.get(store, _key(digest)).bytes())
-        if digest not in self.truncated:
-            self.truncated[digest] = CutShort(content=content, at=time.time())
-        obstore.put(store, _key(digest), self.truncated[digest].content[:-1])
-        psutil.Process(pid).kill()
-
-    def _with_two_checkpoints(self) -> list[tuple[int, str]]:
-        """Return, for running jobs with at least two checkpoints, the trainer's process id and the largest file of the
-        newest checkpoint."""
-        newest = select(Checkpoint.job_id, func.max(Checkpoint.step).label("step"))
-        newest = newest.group_by(Checkpoint.job_id).having(func.count() > 1).subquery()
-        found = select(Trainer.report, Artifact.files).join(Job, Job.trainer_id == Trainer.id)
-        found = found.join(newest, newest.c.job_id == Job.id)
-        found = found.join(Checkpoint, (Checkpoint.job_id == Job.id) & (Checkpoint.step == newest.c.step))
-        found = found.join(Artifact, Artifact.digest == Checkpoint.artifact).where(Job.state == JobState.RUNNING)
-        with self.site.db.read() as session:
-            rows = session.execute(found.order_by(Job.id)).all()
-        ready = [row for row in rows if "pid" in (row.report or {})]
-        return [(row.report["pid"], max(row.files, key=lambda file: file["num_bytes"])["digest"]) for row in ready]
 
     def _job_paused(self, fault: Fault) -> None:
         with self.site.db.read() as session:
@@ -276,7 +278,3 @@ def _wake(processes: Sequence[psutil.Process]) -> None:
             process.resume()
         except psutil.Error:
             continue
-
-
-def _key(digest: str) -> str:
-    return f"blobs/{digest[:2]}/{digest}"
