@@ -104,8 +104,8 @@ class Client:
         finally:
             connection.close()
         job_id = answer.get("id") if key is not None and status == 200 else None
-        noted = {"what": what, "at": at, "seconds": time.monotonic() - began, "status": status, "told": told}
-        sample = Sample(**noted, retry_after=retry_after, key=key, job_id=job_id)
+        measured = {"what": what, "at": at, "seconds": time.monotonic() - began, "status": status}
+        sample = Sample(**measured, retry_after=retry_after, told=told, key=key, job_id=job_id)
         self.record(sample)
         return sample, answer if status == 200 else {}
 
