@@ -312,8 +312,9 @@ class Noisy:
                 client = socket.create_connection((self.client.host, self.client.port), timeout=5.0)
                 opened.append(client)
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                head = f"GET {target} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {self.client.api_key}\r\n\r\n"
-                client.sendall(head.encode())
+                head = [f"GET {target} HTTP/1.1", f"Host: {self.client.host}"]
+                head += [f"Authorization: Bearer {self.client.api_key}", "", ""]
+                client.sendall("\r\n".join(head).encode())
                 status = int(client.recv(12)[9:] or 0)
             except (OSError, ValueError) as error:
                 told = type(error).__name__
