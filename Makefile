@@ -22,7 +22,7 @@ export KEEP PYTHON TORCH_INDEX
 help:
 	@echo "make demo        train three adapters at once and show the results (KEEP=1 leaves the service running)"
 	@echo "make up          start Lorry on this machine: API server, dashboard and one worker, until Ctrl-C"
-	@echo "make docs        build the documentation site in site/"
+	@echo "make docs        write the files that are generated from the code, and build the documentation site in site/"
 	@echo "make test        run the fast tests; starts its own Redis, PostgreSQL and Chromium"
 	@echo "make test-slow   run the tests that take minutes; downloads a real language model, 100 MB"
 	@echo "make test-postgres    run the tests of API server, catalog and clients on PostgreSQL instead of SQLite"
@@ -53,7 +53,7 @@ size:
 .PHONY: docs
 docs: .venv/.installed
 	$(BIN)/python -m tools.generate_docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 test: .venv/.installed
 	$(PYTEST) -m "not slow and not docker and not gpu" $(SHARED_OUT) $(PYTEST_ARGS)
@@ -124,7 +124,7 @@ check-words: .venv/.installed
 
 check-documents: .venv/.installed
 	$(BIN)/python -m tools.generate_docs --check
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet --strict
 	$(PYTEST) -q tests/architecture
 
 dist: .venv/.installed

@@ -1,4 +1,5 @@
-"""Responses of the API. Generated from the OpenAPI document by `make docs`; do not edit."""
+# Generated from the OpenAPI document by `make docs`; do not edit.
+"""Responses of the API."""
 
 from __future__ import annotations
 
@@ -13,7 +14,9 @@ class Efficiency(View):
     """The adapter compared with full fine-tuning of its base model (arXiv 2106.09685)."""
 
     parameters: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Trained parameters of the adapter, and parameters of the base model."""
     size: dict[str, Any] = field(default_factory=dict[str, Any])
+    """Size of the adapter's weights file, and of the base model's weight files. empty: the base's files are unknown."""
     training_memory: dict[str, Any] | None = None
     """None if the lineage record lacks the shapes of the base model."""
     inference_latency: dict[str, Any] | None = None
@@ -717,6 +720,7 @@ class Trial(Finishing):
     stopped: str | None = None
     """Reason why the trial was stopped before its last step."""
     progress: Progress = field(default_factory=lambda: Progress())
+    """Progress of the job. Times are estimates."""
     fine_tuned_model: str | None = None
     """Name of the trained adapter; None until the job has succeeded."""
 
@@ -918,7 +922,9 @@ class Adapter(View):
     lineage_id: str = ""
     """SHA-256 of the lineage record's canonical JSON (RFC 8785)."""
     verification: Verification = field(default_factory=lambda: Verification())
+    """Difference between PEFT's logits on the base model and those of training, measured when the adapter was exported."""
     evaluation: Evaluation = field(default_factory=lambda: Evaluation())
+    """Mean loss on the validation file, per trained token or per pair of answers. Pairs have no perplexity."""
     efficiency: Efficiency | None = None
     """Parameters, size, training memory and latency compared with full fine-tuning. None if the lineage record lacks the description of the base model."""
 
@@ -1028,7 +1034,9 @@ class Job(Finishing):
     optimizer: dict[str, Any] = field(default_factory=dict[str, Any])
     """The optimizer, resolved."""
     schedule: dict[str, Any] = field(default_factory=dict[str, Any])
+    """The learning rate schedule."""
     evaluation: dict[str, Any] = field(default_factory=dict[str, Any])
+    """The evaluations on the validation file."""
     data: dict[str, Any] = field(default_factory=dict[str, Any])
     """How the rows of the files are used."""
     early_stopping: dict[str, Any] | None = None

@@ -1,4 +1,5 @@
-"""Fields of requests for jobs, plans and sweeps. Generated from the OpenAPI document by `make docs`; do not edit."""
+# Generated from the OpenAPI document by `make docs`; do not edit.
+"""Fields of requests for jobs, plans and sweeps."""
 
 from __future__ import annotations
 
@@ -347,10 +348,15 @@ class JobFields(TypedDict, total=False):
     must_serve_on: str | None
     """Reject the job unless its adapter can run there: vllm, or the name or ID of a serving endpoint. Depends on rank, DoRA, patterns and the base model's architecture. None: not checked."""
     lora: Lora | None
+    """The adapter configuration."""
     optimizer: Optimizer | None
+    """AdamW (arXiv 1711.05101), SGD with momentum, or Adafactor (arXiv 1804.04235), as implemented by torch."""
     schedule: Schedule | None
+    """The learning rate schedule over the steps of the job."""
     evaluation: EvaluationRule | None
+    """Evaluations on the validation file. A job is always evaluated before its first step and at its end."""
     data: Data | None
+    """How the rows of the training file and the validation file are used."""
     early_stopping: EarlyStopping | None
     """Stop early when the validation loss no longer improves. None: train all steps."""
     precision: Literal["auto", "bfloat16", "float32"] | None

@@ -14,7 +14,8 @@ from pydantic.fields import FieldInfo
 
 from catalog.spec.job import JobRequest
 from catalog.spec.methods import MethodType
-from tools.reference_fields import Json, leaves, number_limits, texts
+from tools.json_schema import Json, number_limits
+from tools.reference_fields import leaves, texts
 
 METHODS = get_args(MethodType)
 NO_OPTION = {"model", "training_file", "hyperparameters", "integrations", "resources"}

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 from pydantic import SecretStr
 
@@ -16,22 +15,12 @@ from api.app import TAGS, create_app
 from api.settings import ApiSettings
 from catalog.db.database import Database
 from catalog.settings import Settings
-from tools.reference_fields import number
+from tools.json_schema import Json, cell, references, type_of
 
-Json = dict[str, Any]
-LIMITS = {
-    "minimum": "≥",
-    "exclusiveMinimum": ">",
-    "maximum": "≤",
-    "exclusiveMaximum": "<",
-    "minLength": "length ≥",
-    "maxLength": "length ≤",
-}
 METHODS = ("get", "post", "put", "patch", "delete")
-NAME = re.compile(r"'#/components/schemas/(\w+)'")
 LIST = re.compile(r"ListPage_(\w+)_")
-INDEX = "docs/reference/api.md"
-PAGES = {tag["name"]: f"docs/reference/api/{tag['name'].replace(' ', '-')}.md" for tag in TAGS}
+INDEX = "reference/api.md"
+PAGES = {tag["name"]: f"reference/api/{tag['name'].replace(' ', '-')}.md" for tag in TAGS}
 
 
 @cache
@@ -126,7 +115,7 @@ def _pages_of_schemas() -> dict[str, str]:
     """Return the page of each schema: that of the first resource which uses it. Errors are not in it."""
     found: dict[str, str] = {}
     for tag, page in PAGES.items():
-        named = set(NAME.findall(str([list(_contents(operation)) for _, operation in _operations(tag)])))
+        named = set(references([schema for _, one in _operations(tag) for _, _, schema in _contents(one)]))
         for name in _with_inner(named):
             if not LIST.fullmatch(name):
                 found.setdefault(name, page)
@@ -137,11 +126,11 @@ def _pages_of_schemas() -> dict[str, str]:
 def _sent() -> set[str]:
     """Return the schemas of request bodies, whose defaults matter to a reader."""
     bodies = [operation.get("requestBody") for tag in PAGES for _, operation in _operations(tag)]
-    return _with_inner(set(NAME.findall(str(bodies))))
+    return _with_inner(set(references(bodies)))
 
 
 def _with_inner(names: set[str]) -> set[str]:
-    while more := {inner for name in names for inner in NAME.findall(str(_schemas()[name]))} - names:
+    while more := {inner for name in names for inner in references(_schemas()[name])} - names:
         names |= more
     return names
 
@@ -168,7 +157,7 @@ def _bodies(operation: Json, *, page: str) -> Iterator[str]:
 
 
 def _fields(name: str, schema: Json, *, page: str, level: int) -> Iterator[str]:
-    yield from (f"{'#' * level} {name}", "", _cell(schema["description"]), "")
+    yield from (f"{'#' * level} {name}", "", cell(schema["description"]), "")
     if schema.get("properties"):
         yield from _table(schema, page=page, with_default=name in _sent())
 
@@ -186,28 +175,17 @@ def _meaning(schema: Json, *, with_default: bool) -> str:
     text = schema.get("description") or _first_sentence(meaning(schema, openapi()))
     if with_default and default not in (None, {}, []) and "efault" not in text:
         text = f"{text} Default: {json.dumps(default)}."
-    return _cell(text)
+    return cell(text)
 
 
 def _type(schema: Json, page: str) -> str:
     """Return a schema's type as Markdown; references become links to its section."""
-    if "$ref" in schema:
-        return _link(schema["$ref"].rpartition("/")[2], page)
-    if alternatives := schema.get("anyOf") or schema.get("oneOf") or schema.get("allOf"):
-        return " or ".join(_type(alternative, page) for alternative in alternatives)
-    if "enum" in schema or "const" in schema:
-        return ", ".join(f"`{value}`" for value in schema.get("enum", [schema.get("const")]))
-    if schema.get("type") == "array":
-        return f"array of {_type(schema.get('items', {}), page)}"
-    if schema.get("format") == "binary":
-        return "bytes"
-    limits = [f"{sign} {number(schema[key])}" for key, sign in LIMITS.items() if key in schema]
-    return " ".join([schema.get("type", "any"), f"({', '.join(limits)})" if limits else ""]).strip()
+    return type_of(schema, partial(_link, page=page))
 
 
-def _link(name: str, page: str) -> str:
+def _link(name: str, *, page: str) -> str:
     if listed := LIST.fullmatch(name):
-        return f"[page](../api.md#list-pages) of {_link(listed[1], page)}"
+        return f"[page](../api.md#list-pages) of {_link(listed[1], page=page)}"
     target = _pages_of_schemas().get(name, INDEX)
     folder = "" if page != INDEX else "api/"
     path = "" if target == page else "../api.md" if target == INDEX else f"{folder}{Path(target).name}"
@@ -223,8 +201,4 @@ def _title(tag: str) -> str:
 
 
 def _first_sentence(text: str) -> str:
-    return re.split(r"(?<=\.)\s", _cell(text), maxsplit=1)[0]
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    return re.split(r"(?<=\.)\s", cell(text), maxsplit=1)[0]

@@ -1,6 +1,6 @@
 """The tables of memory and expected rate by base model and GPU, calculated with the planner's own functions."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from catalog.resources import memory
@@ -20,7 +20,7 @@ PART_OF_PEAK = 0.3
 """Assumed, not measured."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Shape:
     """The sizes in config.json of a Llama-like decoder: gated feed-forward, grouped keys and values."""
 
@@ -32,7 +32,7 @@ class Shape:
     key_heads: int
     head_dim: int
     vocabulary: int
-    is_tied: bool
+    is_tied: bool = field(kw_only=True)
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -67,32 +67,17 @@ class Shape:
         }
 
 
-def _shape(name: str, *sizes: int, is_tied: bool) -> Shape:
-    hidden, intermediate, layers, heads, key_heads, head_dim, vocabulary = sizes
-    return Shape(
-        name=name,
-        hidden=hidden,
-        intermediate=intermediate,
-        layers=layers,
-        heads=heads,
-        key_heads=key_heads,
-        head_dim=head_dim,
-        vocabulary=vocabulary,
-        is_tied=is_tied,
-    )
-
-
 SHAPES = (
-    _shape("SmolLM2-135M", 576, 1536, 30, 9, 3, 64, 49_152, is_tied=True),
-    _shape("Qwen2.5-0.5B", 896, 4864, 24, 14, 2, 64, 151_936, is_tied=True),
-    _shape("Llama-3.2-1B", 2048, 8192, 16, 32, 8, 64, 128_256, is_tied=True),
-    _shape("Qwen2.5-1.5B", 1536, 8960, 28, 12, 2, 128, 151_936, is_tied=True),
-    _shape("Llama-3.2-3B", 3072, 8192, 28, 24, 8, 128, 128_256, is_tied=True),
-    _shape("Qwen3-4B", 2560, 9728, 36, 32, 8, 128, 151_936, is_tied=True),
-    _shape("Llama-3.1-8B", 4096, 14_336, 32, 32, 8, 128, 128_256, is_tied=False),
-    _shape("Qwen3-14B", 5120, 17_408, 40, 40, 8, 128, 151_936, is_tied=False),
-    _shape("Qwen3-32B", 5120, 25_600, 64, 64, 8, 128, 151_936, is_tied=False),
-    _shape("Llama-3.3-70B", 8192, 28_672, 80, 64, 8, 128, 128_256, is_tied=False),
+    Shape("SmolLM2-135M", 576, 1536, 30, 9, 3, 64, 49_152, is_tied=True),
+    Shape("Qwen2.5-0.5B", 896, 4864, 24, 14, 2, 64, 151_936, is_tied=True),
+    Shape("Llama-3.2-1B", 2048, 8192, 16, 32, 8, 64, 128_256, is_tied=True),
+    Shape("Qwen2.5-1.5B", 1536, 8960, 28, 12, 2, 128, 151_936, is_tied=True),
+    Shape("Llama-3.2-3B", 3072, 8192, 28, 24, 8, 128, 128_256, is_tied=True),
+    Shape("Qwen3-4B", 2560, 9728, 36, 32, 8, 128, 151_936, is_tied=True),
+    Shape("Llama-3.1-8B", 4096, 14_336, 32, 32, 8, 128, 128_256, is_tied=False),
+    Shape("Qwen3-14B", 5120, 17_408, 40, 40, 8, 128, 151_936, is_tied=False),
+    Shape("Qwen3-32B", 5120, 25_600, 64, 64, 8, 128, 151_936, is_tied=False),
+    Shape("Llama-3.3-70B", 8192, 28_672, 80, 64, 8, 128, 128_256, is_tied=False),
 )
 
 

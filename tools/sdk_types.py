@@ -12,7 +12,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tools.reference_api import Json, openapi
+from tools.json_schema import NULL, REFERENCE, Json, references
+from tools.reference_api import meaning, openapi
 
 RESPONSES = {
     "AdapterEfficiency": "Efficiency", "AdapterEvaluation": "Evaluation", "AdapterObject": "Adapter",
@@ -51,8 +52,6 @@ ALIASES = {"KeepAdapters": "SweepRequest.keep_adapters", "Metric": "Objective.me
 ROOTS = ("JobFields", "Search", "Parameter", "Objective", *ALIASES)
 ARGUMENTS = ("model", "training_file")
 EMPTY: Mapping[str, Any] = {"string": "", "integer": 0, "number": 0.0, "boolean": False, "array": [], "object": {}}
-NULL = {"type": "null"}
-REFERENCE = "#/components/schemas/"
 COMMON = [
     "--input-file-type",
     "openapi",
@@ -117,8 +116,13 @@ def _response_field(path: str, schema: Json) -> dict[str, Any]:
     is_nullable = len(alternatives) < len(schema.get("anyOf", alternatives)) and path not in NEVER_NONE
     kind = _kind(alternatives[0]) if len(alternatives) == 1 else {}
     default = None if is_nullable else {} if "$ref" in kind else EMPTY.get(kind.get("type", ""))
-    text = re.sub(r"\b[Nn]ull\b", "None" if is_nullable else "empty", schema.get("description", ""))
+    text = re.sub(r"\b[Nn]ull\b", "None" if is_nullable else "empty", _text(schema, openapi()))
     return {**({"anyOf": [kind, NULL]} if is_nullable else kind), "default": default, "description": text}
+
+
+def _text(schema: Json, document: Json) -> str:
+    """Return the description; for an object without one, the first paragraph of that of its schema."""
+    return meaning(schema, document).partition("\n\n")[0]
 
 
 def _kind(schema: Json) -> dict[str, Any]:
@@ -175,9 +179,8 @@ def _job_fields(schemas: Mapping[str, Json]) -> dict[str, Any]:
         "additionalProperties": True,
         "description": "Raw fields of the request body. They override the other fields.",
     }
-    nullable = {
-        name: {"anyOf": [field, NULL], "description": field.get("description", "")} for name, field in fields.items()
-    }
+    document = {"components": {"schemas": schemas}}
+    nullable = {name: {"anyOf": [field, NULL], "description": _text(field, document)} for name, field in fields.items()}
     text = "Fields of a job other than its model and training file. None: the service's default."
     return {"type": "object", "description": text, "properties": nullable}
 
@@ -185,13 +188,13 @@ def _job_fields(schemas: Mapping[str, Json]) -> dict[str, Any]:
 def _with_inner(schemas: Mapping[str, Json], names: Iterable[str]) -> dict[str, Json]:
     """Return these schemas, and all that they refer to."""
     found = {*names}
-    while more := set(re.findall(rf"'{REFERENCE}(\w+)'", str([schemas[name] for name in found]))) - found:
+    while more := set(references([schemas[name] for name in found])) - found:
         found |= more
     return {name: schemas[name] for name in sorted(found)}
 
 
 def _generate(title: str, schemas: Mapping[str, Json], options: list[str]) -> str:
-    header = f'"""{title}. Generated from the OpenAPI document by `make docs`; do not edit."""'
+    header = f'# Generated from the OpenAPI document by `make docs`; do not edit.\n"""{title}."""'
     document = {"openapi": "3.1.0", "info": {"title": title, "version": "1"}, "components": {"schemas": schemas}}
     command = [sys.executable, "-m", "datamodel_code_generator", *COMMON, "--custom-file-header", header, *options]
     written = subprocess.run(command, input=json.dumps(document), capture_output=True, text=True, check=True).stdout

@@ -13,8 +13,6 @@ LONG = 30
 MOST_LONG = 0.01
 """Fraction of a folder's sentences that may be longer than LONG."""
 LONGEST_CELL = 25
-GENERATED = "reference"
-"""The folder whose tables come from descriptions in the code."""
 FEWEST_WORDS = 3
 """A shorter text is a label, not a sentence."""
 CODE_OR_COMMENT = re.compile(r"```.*?```|<!--.*?-->", re.DOTALL)
@@ -52,8 +50,7 @@ def main() -> int:
         markdown = path.read_text(encoding="utf-8")
         lengths = sentence_lengths(markdown)
         folders[path.parent] += lengths
-        if GENERATED not in path.parts:
-            cells += [f"{path}: {_num_words(cell)} words in a table cell: {cell}" for cell in long_cells(markdown)]
+        cells += [f"{path}: {_num_words(cell)} words in a table cell: {cell}" for cell in long_cells(markdown)]
         if lengths:
             print(f"{path}: {_summary(lengths)}")
     for folder, lengths in sorted(folders.items()):

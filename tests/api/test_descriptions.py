@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 
-from tools import reference_sdk
+from lorry import models
 from tools.reference_api import meaning
 
 Json = dict[str, Any]
@@ -85,11 +88,18 @@ def test_every_field_and_parameter_has_a_description(app: FastAPI) -> None:
 
 
 def test_every_field_of_the_sdk_has_a_meaning() -> None:
-    lines = [line for line in reference_sdk.objects().splitlines() if line.startswith("| `")]
-    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines]
+    classes = [
+        node for node in ast.parse(Path(models.__file__).read_text("utf-8")).body if isinstance(node, ast.ClassDef)
+    ]
+    texts = [
+        (f"{one.name}.{ast.unparse(field.target)}", ast.unparse(text))
+        for one in classes
+        for field, text in pairwise([*one.body, ast.Pass()])
+        if isinstance(field, ast.AnnAssign)
+    ]
 
-    assert len(rows) > 350
-    assert [name.strip() for name, _, text in rows if len(text.split()) < MIN_WORDS] == []
+    assert len(texts) > 350
+    assert [name for name, text in texts if len(text.split()) < MIN_WORDS] == []
 
 
 def test_descriptions_write_id_in_capitals(app: FastAPI) -> None:

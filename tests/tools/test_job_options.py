@@ -30,7 +30,7 @@ class Request(JobRequest):
 def test_a_new_hyperparameter_has_a_row_in_the_reference() -> None:
     row = "| `optimizer.lookahead` | number, 0 to below 1 | 0.5 | Weight of the slow weights. A new hyperparameter. |"
 
-    assert row in job_fields("optimizer", Request).splitlines()
+    assert row in job_fields("optimizer", request=Request).splitlines()
 
 
 def test_a_new_hyperparameter_has_an_option(monkeypatch: pytest.MonkeyPatch) -> None:
