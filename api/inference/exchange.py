@@ -394,6 +394,6 @@ def _interrupted(reason: str) -> AnswerInterrupted:
     log.warning("interrupted answer: %s", reason)
     return AnswerInterrupted(
         "The engine did not complete the answer.",
-        code=INTERRUPTED,
+        code="answer_interrupted",
         remedy="Send the request again.",
     )

@@ -17,7 +17,7 @@ from catalog.resources.pack_key import pack_key
 from catalog.settings import Settings
 from tests.catalog.world import sha
 from worker.inference.server import InferenceServer
-from worker.inference.session import Answer, InferenceSession
+from worker.inference.session import InferenceSession, OpenAnswer
 
 Json = dict[str, Any]
 Step = Json | threading.Event
@@ -119,20 +119,20 @@ class FakeTrainer:
 
     # As InferenceSession, for the server
 
-    def begin(self, body: Json, *, adapter: str | None, tenant: str, is_batch: bool) -> Answer:
+    def begin(self, body: Json, *, adapter: str | None, tenant: str, is_batch: bool) -> OpenAnswer:
         request = {**body, "adapter": adapter, "tenant": tenant, "is_batch": is_batch}
         self.requests.append(request)
-        answer = Answer(body=body, adapter=adapter, tenant=tenant, is_batch=is_batch)
+        answer = OpenAnswer(body=body, adapter=adapter, tenant=tenant, is_batch=is_batch)
         self._open[id(answer)] = asyncio.get_running_loop().create_task(self._play(answer, request))
         return answer
 
-    def stop(self, answer: Answer) -> None:
+    def stop(self, answer: OpenAnswer) -> None:
         task = self._open.pop(id(answer))
         if not task.done():
             self.stopped.append(prompt_of(answer.body))
             task.cancel()
 
-    async def _play(self, answer: Answer, request: Json) -> None:
+    async def _play(self, answer: OpenAnswer, request: Json) -> None:
         for step in self.steps(request):
             if isinstance(step, threading.Event):
                 while not step.is_set():

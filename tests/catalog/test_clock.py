@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,10 +16,10 @@ from catalog import clock
 def test_boot_seconds_reads_the_clock_that_includes_suspensions(
     monkeypatch: pytest.MonkeyPatch, platform: str, name: str | None
 ) -> None:
-    for number, clock_name in enumerate(("CLOCK_BOOTTIME", "CLOCK_MONOTONIC_RAW")):
-        monkeypatch.setattr(time, clock_name, number, raising=False)
-    monkeypatch.setattr(time, "clock_gettime", ["CLOCK_BOOTTIME", "CLOCK_MONOTONIC_RAW"].__getitem__)
-    monkeypatch.setattr(time, "monotonic", lambda: None)
+    names = ["CLOCK_BOOTTIME", "CLOCK_MONOTONIC_RAW"]
+    numbers = {clock_name: number for number, clock_name in enumerate(names)}
+    time = SimpleNamespace(**numbers, clock_gettime=names.__getitem__, monotonic=lambda: None)
+    monkeypatch.setattr(clock, "time", time)
     monkeypatch.setattr(sys, "platform", platform)
 
     assert clock.boot_seconds() == name

@@ -67,7 +67,7 @@ def test_missing_package_is_reported_and_the_service_continues(
 
 def test_disabled_tracing_imports_no_sdk_or_exporter() -> None:
     """FastAPI itself imports the OpenTelemetry API if it is installed."""
-    code = "import sys, api.app, worker.supervisor; from catalog import tracing; tracing.start('api')\n"
+    code = "import sys, catalog.fleet.workers, worker.supervisor; from catalog import tracing; tracing.start('api')\n"
     code += "with tracing.span('a', parent=None): pass\n"
     code += "sys.exit(any(name.startswith(('opentelemetry.sdk', 'opentelemetry.exporter')) for name in sys.modules))"
 

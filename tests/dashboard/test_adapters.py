@@ -177,7 +177,7 @@ def test_both_models_answer_a_question(fresh: Service, visit: Visit) -> None:
     visitor.open(f"#/adapters/{adapter_id}")
     panel = visitor.page.get_by_role("region", name="Try it")
 
-    with answering(fresh.seeded.db):
+    with answering(fresh.seeded.db, fresh.seeded.settings):
         panel.get_by_label("Message").fill("Where is my parcel?")
         panel.get_by_role("button", name="Send").click()
         for model in ("This adapter", "Base model"):

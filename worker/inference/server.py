@@ -28,7 +28,7 @@ from sqlalchemy import make_url
 from catalog.inference.logprobs import text_logprobs
 from catalog.settings import Settings
 from catalog.tables.table import Json
-from worker.inference.session import Answer, InferenceSession
+from worker.inference.session import InferenceSession, OpenAnswer
 
 PATHS = ("/v1/chat/completions", "/v1/completions")
 DATABASE_PORT = 5432
@@ -47,12 +47,9 @@ class InferenceServer:
     """Serves in a thread of its own, from `start` to `close`."""
 
     def __init__(self, settings: Settings) -> None:
-        named, _, port = settings.inference_address.rpartition(":")
-        host = named or _own_host(settings)
-        self._socket = _listening("" if named else host, int(port or 0))  # a given host may be that of a published port
-        port = self._socket.getsockname()[1]
-        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        """HOST:PORT for API servers."""
+        self._settings = settings
+        self.address = ""
+        """HOST:PORT for API servers, once it has started."""
         self._session: InferenceSession | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._started = threading.Event()
@@ -71,6 +68,12 @@ class InferenceServer:
         self._thread = threading.Thread(target=self._run, name="inference", daemon=True)
 
     def start(self) -> None:
+        """Listen, and serve. Raises SystemExit if no port is free."""
+        named, _, port = self._settings.inference_address.rpartition(":")
+        host = named or _own_host(self._settings)
+        self._socket = _listening("" if named else host, int(port or 0))  # a given host may be that of a published port
+        port = self._socket.getsockname()[1]
+        self.address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._thread.start()
         self._started.wait()
 
@@ -155,7 +158,7 @@ def answer_body(request: Json, *, is_chat: bool) -> Json:
     return {**body, **limits, **tools, "messages": request["messages"]}
 
 
-async def _chunks(answer: Answer, *, is_chat: bool) -> AsyncGenerator[bytes]:
+async def _chunks(answer: OpenAnswer, *, is_chat: bool) -> AsyncGenerator[bytes]:
     """Yield the events of a stream in OpenAI's format, with usage in each, as vLLM's continuous_usage_stats."""
     prompt_tokens = 0
     lengths: dict[int, int] = {}

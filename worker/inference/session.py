@@ -53,7 +53,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True, eq=False)
-class Answer:
+class OpenAnswer:
     """A request, and the events that answer it."""
 
     body: Json
@@ -104,7 +104,7 @@ class Turns:
     """Requests that wait. The tenants take turns, so that no tenant's requests wait behind all those of another."""
 
     def __init__(self) -> None:
-        self._of_tenant: OrderedDict[str, deque[Answer]] = OrderedDict()
+        self._of_tenant: OrderedDict[str, deque[OpenAnswer]] = OrderedDict()
 
     def __iter__(self) -> Any:
         return (answer for waiting in self._of_tenant.values() for answer in waiting)
@@ -112,17 +112,17 @@ class Turns:
     def __bool__(self) -> bool:
         return bool(self._of_tenant)
 
-    def add(self, answer: Answer) -> None:
+    def add(self, answer: OpenAnswer) -> None:
         self._of_tenant.setdefault(answer.tenant, deque()).append(answer)
 
-    def next(self) -> Answer:
+    def next(self) -> OpenAnswer:
         tenant, waiting = self._of_tenant.popitem(last=False)
         answer = waiting.popleft()
         if waiting:
             self._of_tenant[tenant] = waiting
         return answer
 
-    def remove(self, answer: Answer) -> None:
+    def remove(self, answer: OpenAnswer) -> None:
         waiting = self._of_tenant.get(answer.tenant, deque())
         if answer in waiting:
             waiting.remove(answer)
@@ -130,7 +130,7 @@ class Turns:
                 del self._of_tenant[answer.tenant]
 
 
-class Server(Protocol):
+class SessionServer(Protocol):
     """The part of InferenceServer that a session uses."""
 
     def run(self, act: Callable[[], None]) -> None: ...
@@ -141,7 +141,7 @@ class Server(Protocol):
 class InferenceSession:
     """The requests of one trainer."""
 
-    def __init__(self, server: Server, store: ArtifactStore, directory: TrainerDirectory) -> None:
+    def __init__(self, server: SessionServer, store: ArtifactStore, directory: TrainerDirectory) -> None:
         """For the main thread, like `open`, `close` and all attributes without an underscore."""
         self.secret = secrets.token_urlsafe(32)
         self.ready_at: float | None = None
@@ -159,7 +159,7 @@ class InferenceSession:
         self._is_closing = False
         self._waiting = {False: Turns(), True: Turns()}
         """By whether they are of batches."""
-        self._open: dict[str, Answer] = {}
+        self._open: dict[str, OpenAnswer] = {}
         """Requests that have had their turn."""
         self._staged: OrderedDict[str, asyncio.Task[StagedAdapter]] = OrderedDict()
         """Adapters in the trainer's directory, the most recently used last."""
@@ -224,15 +224,15 @@ class InferenceSession:
 
     # In the event loop
 
-    def begin(self, body: Json, *, adapter: str | None, tenant: str, is_batch: bool) -> Answer:
+    def begin(self, body: Json, *, adapter: str | None, tenant: str, is_batch: bool) -> OpenAnswer:
         """Queue a request."""
         body = {**body, "is_batch": True} if is_batch else body
-        answer = Answer(body=body, adapter=adapter, tenant=tenant, is_batch=is_batch)
+        answer = OpenAnswer(body=body, adapter=adapter, tenant=tenant, is_batch=is_batch)
         self._waiting[is_batch].add(answer)
         self._advance()
         return answer
 
-    def stop(self, answer: Answer) -> None:
+    def stop(self, answer: OpenAnswer) -> None:
         """Stop answering. Repeatable."""
         self._waiting[answer.is_batch].remove(answer)
         if answer.request_id not in self._open:
@@ -263,7 +263,7 @@ class InferenceSession:
             return False
         return num_waiting < MAX_WAITING and _num_incomplete(self._open.values()) < MAX_OPEN
 
-    async def _send(self, answer: Answer) -> None:
+    async def _send(self, answer: OpenAnswer) -> None:
         """Give a request to the trainer, with its adapter, or fail it."""
         try:
             adapter = await self._stage(answer.adapter) if answer.adapter is not None else None
@@ -317,7 +317,7 @@ class InferenceSession:
             self._forget(answer)
         self._advance()
 
-    def _forget(self, answer: Answer) -> None:
+    def _forget(self, answer: OpenAnswer) -> None:
         del self._open[answer.request_id]
         self._last_answer_at = time.monotonic()
         if not answer.is_batch:
@@ -343,7 +343,7 @@ class InferenceSession:
             self._pipes = None
 
 
-def _num_incomplete(answers: Iterable[Answer]) -> int:
+def _num_incomplete(answers: Iterable[OpenAnswer]) -> int:
     return sum(answer.num_choices - len(answer.complete) for answer in answers)
 
 

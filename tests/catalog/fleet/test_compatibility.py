@@ -21,7 +21,7 @@ from catalog.tables.fleet import Worker
 from tests.catalog.world import World
 from tests.next_migration import LATER, NEXT, UNRELEASED
 
-JOB_SPECS = {3: "c542c9f914e96f16d2628214b6f4d070202721dfb4902f23cecd0f028f80a520"}
+JOB_SPECS = {4: "c542c9f914e96f16d2628214b6f4d070202721dfb4902f23cecd0f028f80a520"}
 """Digest of the fields of a JobSpec by protocol."""
 OLDER = revisions.newest()
 """The previous revision once the migration of tests/next_migration.py is installed."""

@@ -41,15 +41,18 @@ def test_workers_of_one_machine_use_consecutive_ports(tmp_path: Path, monkeypatc
     with taken:
         settings = Settings(data_dir=tmp_path, inference_address=f":{port}")
         worker = InferenceServer(settings)
-        with worker._socket, pytest.raises(SystemExit, match="LORRY_INFERENCE_ADDRESS"):
-            InferenceServer(settings)
+        worker.start()
+        with pytest.raises(SystemExit, match="LORRY_INFERENCE_ADDRESS"):
+            InferenceServer(settings).start()
+    worker.close()
     assert worker.address == f"127.0.0.1:{port + 1}"
 
 
 def test_given_host_is_announced(tmp_path: Path) -> None:
     worker = InferenceServer(Settings(data_dir=tmp_path, inference_address="gpu-1.internal:0"))
+    worker.start()
+    worker.close()
     host, _, port = worker.address.rpartition(":")
-    worker._socket.close()
 
     assert host == "gpu-1.internal"
     assert int(port) > 0

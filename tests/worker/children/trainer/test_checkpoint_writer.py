@@ -64,6 +64,7 @@ class Trainer:
         self.handlers = MessageHandlers(self.directory, load_engine(self.directory, self.writer), self.writer)
         self.engine = self.handlers.engine
         self._inbox = InboxWriter(self.directory)
+        self._is_closed = False
 
     def admit(self, claim_id: str = "claim-1", *, resume: str | None = None) -> None:
         self.handlers._admit(body(self.directory, claim_id, resume=resume))
@@ -100,8 +101,11 @@ class Trainer:
         return (self.directory.path / exported["folder"] / "adapter_model.safetensors").read_bytes()
 
     def close(self) -> None:
-        self.handlers.close()
-        self.writer.close()
+        """Close it, unless it was closed."""
+        if not self._is_closed:
+            self.handlers.close()
+            self.writer.close()
+        self._is_closed = True
 
 
 def body(directory: TrainerDirectory, claim_id: str, *, resume: str | None = None) -> AdmitBody:
@@ -361,7 +365,7 @@ def test_a_trainer_reports_its_last_checkpoints_when_it_exits(make_trainer: Call
     trainer.tick_until(EVERY)
     gate.open_soon()
 
-    trainer.handlers.close()
+    trainer.close()
 
     assert trainer.order("checkpointed") == [("checkpointed", 2)]
 

@@ -36,15 +36,14 @@ class FullEngine:
     idle = False
     ranks = ALONE
     base = SimpleNamespace(is_sharded=False)
+    activations = SimpleNamespace(cached_bytes=lambda: 0)
+    throughput = SimpleNamespace(tokens_per_second=0.0, table=dict)
 
     def __init__(self) -> None:
         self._compared: set[str] = set()
 
     def compare_ranks(self, job: str) -> None:
         self._compared.add(job)
-
-    def cached_bytes(self) -> int:
-        return 0
 
     def memory(self) -> dict[str, int]:
         return {"base_bytes": 0, "adapter_bytes": 0, "peak_bytes": 0}
@@ -230,13 +229,7 @@ def test_export_and_verification_send_events_before_they_finish(
 
     monkeypatch.setattr(message_handlers, "REPORT_SECONDS", 0)
     monkeypatch.setattr("lora_core.peft_format.verify.verify_export", fail)
-    for name, found in {
-        "export": succeed,
-        "memory": dict,
-        "tokens_per_second": lambda: 0.0,
-        "tick_speeds": dict,
-    }.items():
-        monkeypatch.setattr(trainer.engine, name, found, raising=False)
+    monkeypatch.setattr(trainer.engine, "export", succeed)
 
     trainer._export(JobFinished(job="claim-1", step=1, kept_step=1))
 
@@ -296,12 +289,13 @@ class DivergingEngine(FullEngine):
     def __init__(self, *, good_step: int) -> None:
         super().__init__()
         self._good_step = good_step
+        self.evaluated_step: int | None = None
 
     def progress(self, job: str) -> tuple[int, int]:
         return 7, 10
 
-    def evaluated_step(self, job: str) -> int | None:
-        return None
+    def job(self, _job: str) -> SimpleNamespace:
+        return SimpleNamespace(evaluated_step=self.evaluated_step, adapter=SimpleNamespace(num_parameters=24))
 
     def save_checkpoint(self, job: str, directory: Path) -> None:
         assert job in self._compared, "the weights of the ranks were not compared"
@@ -309,9 +303,6 @@ class DivergingEngine(FullEngine):
 
     def export(self, job: str, *given: Any, **_: object) -> None:
         given[0].mkdir()
-
-    def num_parameters(self, job: str) -> int:
-        return 24
 
     def tick(self) -> list[Any]:
         return [JobDiverged(job="claim-1", step=7, good_step=self._good_step, message="The update is not finite.")]
@@ -401,8 +392,9 @@ def test_messages_after_a_pause_are_applied_after_it(trainer: MessageHandlers, d
 def test_kept_weights_of_an_earlier_step_are_not_exported_as_the_last_step(
     trainer: MessageHandlers, directory: TrainerDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer.engine = DivergingEngine(good_step=7)  # pyright: ignore[reportAttributeAccessIssue]
-    monkeypatch.setattr(trainer.engine, "evaluated_step", lambda _: 0)
+    engine = DivergingEngine(good_step=7)
+    engine.evaluated_step = 0
+    trainer.engine = engine  # pyright: ignore[reportAttributeAccessIssue]
 
     saved, paused = leave(trainer, directory, ("pause", "claim-1"))
 
