@@ -113,7 +113,7 @@ def test_base_model_is_not_wanted_any_more_when_no_request_repeats_it(world: Wor
 
     assert wanted(world) == []
     want(world)
-    assert wanted(world, waited_seconds=1.0) == [], "it is wanted anew"
+    assert wanted(world, waited_seconds=1.0) == [], "it is wanted again"
 
 
 def test_base_models_of_clients_are_first_and_then_the_oldest(world: World) -> None:
