@@ -197,7 +197,7 @@ class Service(RuleBasedStateMachine):
             assert at == {row[0]: row[1] for row in session.execute(select(Job.id, Job.state))}
 
     def every_job_can_still_end(self) -> None:
-        """Check that every job can end: the clock is corrected, a healthy worker remains, and users resume paused jobs."""
+        """Check that every job can end: the clock is corrected, a healthy worker remains, and users resume jobs."""
         self.clock.advance(self.set_back)
         self.world.worker("last")
         for _ in range(40):
