@@ -136,9 +136,8 @@ def test_a_job_without_a_due_step_or_with_an_error_has_no_sizes() -> None:
     assert read(1.0, error=OutOfMemory("job")) is None
 
 
-@pytest.mark.parametrize("agreement", ["agree_on_elementwise", "agree_on_drawing"])
 def test_ranks_agree_on_the_kernels_of_the_device_that_tensors_name(
-    load: Callable[..., BaseModel], monkeypatch: pytest.MonkeyPatch, agreement: str
+    load: Callable[..., BaseModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The base model may be loaded on "cuda", but a kernel is looked up by the device of a tensor, such as "cuda:0"."""
 
@@ -148,7 +147,7 @@ def test_ranks_agree_on_the_kernels_of_the_device_that_tensors_name(
     def agree(device: torch.device, _: object) -> None:
         raise Agreed(device)
 
-    monkeypatch.setattr(engine_module, agreement, agree)
+    monkeypatch.setattr(engine_module, "agree_on_kernels", agree)
     base = load("llama")
 
     with pytest.raises(Agreed) as caught:

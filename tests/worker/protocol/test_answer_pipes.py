@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,6 +24,12 @@ def directory(tmp_path: Path) -> TrainerDirectory:
 
 def opened(directory: TrainerDirectory) -> TrainerPipes:
     return TrainerPipes(directory.requests_path, directory.tokens_path)
+
+
+def run(work: Coroutine[Any, Any, None]) -> None:
+    """Run in a new thread: Playwright leaves a running event loop in the main thread of a process."""
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(asyncio.run, work).result()
 
 
 def exchange(directory: TrainerDirectory, trainer: TrainerPipes, bodies: list[Json], num_events: int) -> list[object]:
@@ -57,7 +66,7 @@ def exchange(directory: TrainerDirectory, trainer: TrainerPipes, bodies: list[Js
 
     thread = threading.Thread(target=work)
     thread.start()
-    asyncio.run(main())
+    run(main())
     thread.join(60)
     return received
 
@@ -76,7 +85,7 @@ def test_message_waits_for_a_trainer_that_opens_its_end_later(directory: Trainer
         assert opened(directory).take() == [TrainerMessage(verb="answer", body={"request_id": "a"})]
         pipes.close()
 
-    asyncio.run(send())
+    run(send())
 
 
 def test_trainer_wakes_when_a_message_arrives(directory: TrainerDirectory) -> None:
