@@ -1,8 +1,8 @@
 """OpenTelemetry traces, from the request that submits a job to the published adapter.
 
-Tracing is off unless the standard OTEL_ variables set a collector; while it is off, the SDK is not imported. The W3C
-traceparent is stored in the job's row and sent to the trainer with the job. Attributes contain only ids, numbers and
-Lorry's own terms, never text from users.
+Tracing is off unless the standard OTEL_ variables set a collector. While it is off, a span only passes its parent on,
+and the SDK is not imported (see span_export.py). The W3C traceparent is stored in the job's row and sent to the trainer
+with the job. Attributes contain only ids, numbers and Lorry's own terms, never text from users.
 """
 
 from __future__ import annotations
@@ -13,91 +13,50 @@ import os
 import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
+
+from opentelemetry import trace
+from opentelemetry.context import Context
+from opentelemetry.trace import NoOpTracer, Span, SpanKind, Status, StatusCode
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 if TYPE_CHECKING:
-    from opentelemetry.context import Context
-    from opentelemetry.sdk.trace import SpanProcessor
     from opentelemetry.sdk.trace.export import SpanExporter
-    from opentelemetry.sdk.trace.sampling import Sampler
-    from opentelemetry.trace import Span as OtelSpan
-    from opentelemetry.trace import Tracer
+
+    from catalog.span_export import SpanExport
 
 log = logging.getLogger("lorry.tracing")
 Service = Literal["api", "worker", "trainer"]
 Value = str | int | float | bool
 About = Mapping[str, Value | None]
-"""Attributes by name. None values are omitted."""
+"""Attributes by name, without the prefix "lorry.". None values are omitted."""
 NOTHING: About = {}
 PARENT = re.compile(r"00-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})")
+W3C = TraceContextTextMapPropagator()
 REMEDY = "Run `pip install 'lorry-server[telemetry]'`, or set OTEL_SDK_DISABLED=true."
-FLUSH_MILLISECONDS = 3000
-STANDARD = {
-    "http_request_method": "http.request.method",
-    "http_route": "http.route",
-    "http_response_status_code": "http.response.status_code",
-}
-_current: ContextVar[str | None] = ContextVar("traceparent", default=None)
-
-
-@dataclass(kw_only=True, slots=True)
-class _Tracing:
-    """Tracing state of this process."""
-
-    service: Service
-    processor: SpanProcessor
-    tracers: dict[Service, Tracer] = field(default_factory=dict[Service, "Tracer"])
-
-
-_active: _Tracing | None = None
-
-
-class Span:
-    """A started span. While tracing is off, it only passes its parent on."""
-
-    def __init__(self, traceparent: str | None, span: OtelSpan | None = None) -> None:
-        self.traceparent = traceparent
-        """Parent of this span's children."""
-        self._span = span
-
-    def note(self, about: About) -> None:
-        if self._span is not None:
-            self._span.set_attributes(_named(about))
-
-    def rename(self, name: str) -> None:
-        if self._span is not None:
-            self._span.update_name(name)
-
-    def fail(self, why: str) -> None:
-        """Mark the span as failed. why: one of Lorry's own terms, such as an EndReason; never text from users."""
-        if self._span is not None:
-            from opentelemetry.trace import Status, StatusCode
-
-            self._span.set_status(Status(StatusCode.ERROR, why))
-
-    def end(self, *, at: float | None = None) -> None:
-        """End the span. at: seconds since 1970; now by default. A second call does nothing."""
-        span, self._span = self._span, None
-        if span is not None:
-            span.end(None if at is None else _nanoseconds(at))
+_export: SpanExport | None = None
 
 
 def start(service: Service, *, exporter: SpanExporter | None = None) -> None:
     """Start tracing if the environment enables it or an exporter is given. Spans go to a given exporter immediately."""
-    global _active  # noqa: PLW0603  (one per process, as in OpenTelemetry itself)
-    processor = _processor(exporter) if exporter is not None or _is_wanted(os.environ) else None
-    _active = None if processor is None else _Tracing(service=service, processor=processor)
+    global _export  # noqa: PLW0603  (one per process, as in OpenTelemetry itself)
+    _export = None
+    if exporter is None and not _is_wanted(os.environ):
+        return
+    try:
+        from catalog.span_export import SpanExport
+    except ImportError:
+        log.warning("Tracing is disabled: OpenTelemetry is not installed. %s", REMEDY)
+    else:
+        _export = SpanExport(service, exporter)
 
 
 def stop() -> None:
-    """Stop tracing, and send the remaining spans for at most FLUSH_MILLISECONDS."""
-    global _active
-    tracing, _active = _active, None
-    if tracing is not None:
-        tracing.processor.force_flush(FLUSH_MILLISECONDS)
-        tracing.processor.shutdown()
+    """Stop tracing, and send the remaining spans within a time limit."""
+    global _export
+    export, _export = _export, None
+    if export is not None:
+        export.close()
 
 
 def begin(
@@ -114,20 +73,15 @@ def begin(
     parent: None starts a new trace. at: start time in seconds since 1970; now by default. service: the service that
     the span belongs to; this process's by default.
     """
-    if _active is None:
-        return Span(_undecided(parent) if is_server else parent)
-    from opentelemetry.trace import SpanKind, format_span_id, format_trace_id
-
-    span = _tracer(_active, service or _active.service).start_span(
+    if _export is None and is_server and parent is not None:
+        parent = f"{parent[:-2]}01"  # the client's flag does not decide whether the workers record the job
+    return (_export.tracer(service) if _export is not None else NoOpTracer()).start_span(
         name,
-        context=_context(parent),
+        context=W3C.extract({"traceparent": parent or ""}, Context()),
         kind=SpanKind.SERVER if is_server else SpanKind.INTERNAL,
-        attributes=_named(about),
+        attributes=attributes(about),
         start_time=None if at is None else _nanoseconds(at),
     )
-    found = span.get_span_context()
-    ids = format_trace_id(found.trace_id), format_span_id(found.span_id)
-    return Span(f"00-{ids[0]}-{ids[1]}-{int(found.trace_flags):02x}", span)
 
 
 def record(
@@ -140,7 +94,8 @@ def record(
     about: About = NOTHING,
 ) -> None:
     """Record a span that has already ended."""
-    begin(name, parent=parent, at=began_at, service=service, about=about).end(at=max(began_at, ended_at))
+    begun = begin(name, parent=parent, at=began_at, service=service, about=about)
+    begun.end(_nanoseconds(max(began_at, ended_at)))
 
 
 @contextmanager
@@ -150,42 +105,56 @@ def span(name: str, *, parent: str | None, is_server: bool = False, about: About
     Only the name of the exception's class is recorded.
     """
     begun = begin(name, parent=parent, is_server=is_server, about=about)
-    token = _current.set(begun.traceparent)
-    try:
-        yield begun
-    except BaseException as error:
-        begun.fail(type(error).__name__)
-        raise
-    finally:
-        _current.reset(token)
-        begun.end()
+    with trace.use_span(begun, end_on_exit=True, record_exception=False, set_status_on_exception=False):
+        try:
+            yield begun
+        except BaseException as error:
+            fail(begun, type(error).__name__)
+            raise
+
+
+def attributes(about: About) -> dict[str, Value]:
+    """Return attributes for a span, with the prefix of names that are Lorry's own."""
+    return {f"lorry.{name}": value for name, value in about.items() if value is not None}
+
+
+def fail(span: Span, reason: str) -> None:
+    """Mark the span as failed. reason: one of Lorry's own terms, such as an EndReason; never text from users."""
+    span.set_status(Status(StatusCode.ERROR, reason))
+
+
+def traceparent(span: Span) -> str | None:
+    """Return the parent of this span's children. None: tracing is off and the span has no parent."""
+    carrier: dict[str, str] = {}
+    W3C.inject(carrier, trace.set_span_in_context(span))
+    return carrier.get("traceparent")
 
 
 def current() -> str | None:
     """Return the traceparent of the current context; None if there is none."""
-    return _current.get()
+    return traceparent(trace.get_current_span())
 
 
-def well_formed(traceparent: str | None) -> str | None:
+def well_formed(parent: str | None) -> str | None:
     """Return a traceparent from outside if it is a valid one of version 00; None otherwise."""
-    return traceparent if traceparent is not None and PARENT.fullmatch(traceparent) else None
+    return parent if parent is not None and PARENT.fullmatch(parent) else None
 
 
-def of_job(job_id: str, trace: str | None) -> str:
+def of_job(job_id: str, parent: str | None) -> str:
     """Return the parent of a job's spans.
 
     For a job without one, such as a trial of a sweep, it is derived from the job's id, so that the spans of all
     processes are in one trace.
     """
-    if trace is not None:
-        return trace
+    if parent is not None:
+        return parent
     digest = hashlib.sha256(job_id.encode()).hexdigest()
     return f"00-{digest[:32]}-{digest[32:48]}-01"
 
 
-def trace_id(traceparent: str | None) -> str | None:
+def trace_id(parent: str | None) -> str | None:
     """Return the trace id for log lines: 32 hexadecimal digits."""
-    found = PARENT.fullmatch(traceparent or "")
+    found = PARENT.fullmatch(parent or "")
     return found[1] if found else None
 
 
@@ -199,90 +168,6 @@ def _is_wanted(environ: Mapping[str, str]) -> bool:
         return False
     endpoints = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
     return named == "otlp" or (named == "" and any(environ.get(name) for name in endpoints))
-
-
-def _processor(exporter: SpanExporter | None) -> SpanProcessor | None:
-    """Return the span processor; log a warning and return None if OpenTelemetry is not installed."""
-    try:
-        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
-    except ImportError:
-        log.warning("Tracing is disabled: OpenTelemetry is not installed. %s", REMEDY)
-        return None
-    if exporter is not None:
-        return SimpleSpanProcessor(exporter)
-    protocols = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-    if any(os.environ.get(name) == "grpc" for name in protocols):
-        log.warning("Traces are sent by http/protobuf, not by grpc: set the collector's port for http/protobuf, 4318.")
-    return BatchSpanProcessor(OTLPSpanExporter())
-
-
-def _tracer(tracing: _Tracing, service: Service) -> Tracer:
-    tracer = tracing.tracers.get(service)
-    if tracer is None:
-        from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_NAMESPACE, Resource
-        from opentelemetry.sdk.trace import TracerProvider
-
-        name = os.environ.get("OTEL_SERVICE_NAME", "lorry")
-        resource = Resource.create({SERVICE_NAME: f"{name}-{service}", SERVICE_NAMESPACE: name})
-        provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        provider.sampler = own_decision(provider.sampler)
-        provider.add_span_processor(tracing.processor)
-        tracer = tracing.tracers[service] = provider.get_tracer("lorry")
-    return tracer
-
-
-def own_decision(sampler: Sampler) -> Sampler:
-    """Wrap the sampler so that it treats each request to the server as the start of a new trace.
-
-    Otherwise any client could force or prevent sampling with the flag or the id of its traceparent.
-    """
-    from opentelemetry.sdk.trace.id_generator import RandomIdGenerator
-    from opentelemetry.sdk.trace.sampling import Sampler, SamplingResult
-    from opentelemetry.trace import SpanKind
-
-    draws = RandomIdGenerator()
-
-    class OwnDecision(Sampler):
-        def should_sample(
-            self,
-            parent_context: Context | None,
-            trace_id: int,
-            name: str,
-            kind: SpanKind | None = None,
-            *further: Any,
-            **given: Any,
-        ) -> SamplingResult:
-            if kind is SpanKind.SERVER:
-                parent_context, trace_id = None, draws.generate_trace_id()
-            return sampler.should_sample(parent_context, trace_id, name, kind, *further, **given)
-
-        def get_description(self) -> str:
-            return sampler.get_description()
-
-    return OwnDecision()
-
-
-def _undecided(parent: str | None) -> str | None:
-    """Return a client's traceparent with the sampled flag set, for use while this process records no spans."""
-    return None if parent is None else f"{parent[:-2]}01"
-
-
-def _context(parent: str | None):
-    from opentelemetry.context import Context
-    from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
-
-    found = PARENT.fullmatch(parent or "")
-    if found is None:
-        return Context()
-    trace, span, flags = (int(part, 16) for part in found.groups())
-    parent_span = SpanContext(trace, span, is_remote=True, trace_flags=TraceFlags(flags))
-    return set_span_in_context(NonRecordingSpan(parent_span), Context())
-
-
-def _named(about: About) -> dict[str, Value]:
-    """Prefix attribute names with "lorry.", except those that OpenTelemetry's conventions define."""
-    return {STANDARD.get(name, f"lorry.{name}"): value for name, value in about.items() if value is not None}
 
 
 def _nanoseconds(seconds: float) -> int:

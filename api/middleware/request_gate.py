@@ -219,16 +219,16 @@ def _traced(exchange: _Exchange) -> Generator[None]:
         return
     method = exchange.scope["method"]
     with tracing.span(method, parent=parent, is_server=True, about={"request": exchange.request_id}) as span:
-        exchange.trace = span.traceparent
+        exchange.trace = tracing.traceparent(span)
         try:
             yield
         finally:
-            route = route_template(exchange.scope)
-            span.rename(f"{method} {route}")
-            status = exchange.status
-            span.note({"http_request_method": method, "http_route": route, "http_response_status_code": status})
-            if exchange.status >= 500:
-                span.fail(str(exchange.status))
+            route, status = route_template(exchange.scope), exchange.status
+            span.update_name(f"{method} {route}")
+            known = {"http.request.method": method, "http.route": route, "http.response.status_code": status}
+            span.set_attributes(known)
+            if status >= 500:
+                tracing.fail(span, str(status))
 
 
 def _subjects(exchange: _Exchange) -> logs.Subjects:

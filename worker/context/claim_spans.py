@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from opentelemetry.trace import Span
+
 from catalog import tracing
 from catalog.queue.claiming import Claim
 from catalog.states import EndReason
 from catalog.tables.table import Json
-from catalog.tracing import Span
 
 SUCCESSFUL = frozenset({
     EndReason.COMPLETED,
@@ -56,15 +57,14 @@ class ClaimSpans:
         held = self._held.get(claim_id)
         if held is None:
             return None
-        return (held.training or held.claim).traceparent
+        return tracing.traceparent(held.training or held.claim)
 
     def admitted(self, claim_id: str, *, step: int) -> None:
         """Begin the span of the training."""
         held = self._held.get(claim_id)
         if held is not None and held.training is None:
-            held.training = tracing.begin(
-                "train", parent=held.claim.traceparent, service="trainer", about={"step": step}
-            )
+            parent = tracing.traceparent(held.claim)
+            held.training = tracing.begin("train", parent=parent, service="trainer", about={"step": step})
 
     def finished(self, claim_id: str) -> None:
         """End the span of the training after its last step."""
@@ -79,10 +79,10 @@ class ClaimSpans:
         if held is None:
             return
         for span in event.get("spans", ()):
-            parent = held.training if span["name"] in WHILE_TRAINING and held.training is not None else held.claim
+            parent = tracing.traceparent((span["name"] in WHILE_TRAINING and held.training) or held.claim)
             times = {"began_at": float(span["began_at"]), "ended_at": float(span["ended_at"])}
             about = {"step": event.get("step")}
-            tracing.record(span["name"], parent=parent.traceparent, service="trainer", about=about, **times)
+            tracing.record(span["name"], parent=parent, service="trainer", about=about, **times)
 
     def ended(self, claim_id: str, reason: EndReason | None) -> None:
         """End the span of the claim. reason None: another worker has the job."""
@@ -91,7 +91,7 @@ class ClaimSpans:
         if held is None:
             return
         outcome = reason.value if reason is not None else "stale"
-        held.claim.note({"reason": outcome})
+        held.claim.set_attributes(tracing.attributes({"reason": outcome}))
         if reason not in SUCCESSFUL:
-            held.claim.fail(outcome)
+            tracing.fail(held.claim, outcome)
         held.claim.end()
