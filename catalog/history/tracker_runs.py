@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from enum import Enum
-from typing import Any, cast
+from typing import cast
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -41,27 +40,12 @@ TYPES = {kind: each for each, kind in KINDS.items()}
 FIELDS = ("loss", "token_accuracy", "learning_rate", "grad_norm", "num_tokens")
 
 
-class Follows(Enum):
-    """Next step for a claimed run."""
-
-    GO_ON = "keep open"
-    SLEEP = "sleep"
-    """Close it: the job is not training. It is due again when the job trains."""
-    DONE = "done"
-    STALE = "stale"
-    """Another worker holds it."""
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrackerRunClaim:
-    """A run that this worker has claimed."""
+    """A run that this worker has claimed, as of its last write."""
 
     task: TaskClaim
-    job_id: str
-    type: str
-    run_id: str | None
-    train_step: int
-    valid_step: int
+    row: TrackerRunRow
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,44 +87,42 @@ def claim(db: Database, *, types: Collection[str], limit: int) -> list[TrackerRu
         if task is None:
             break
         with db.read() as session:
-            found.append(_claimed(session.get_one(TrackerRunRow, (task.subject, TYPES[task.kind])), task))
+            row = session.get_one(TrackerRunRow, (task.subject, TYPES[task.kind]))
+        found.append(TrackerRunClaim(task=task, row=row))
     return found
 
 
 def poll(db: Database, run: TrackerRunClaim) -> RunUpdate:
     """Return the data in the database that the run lacks."""
     with db.read() as session:
-        job = session.get_one(Job, run.job_id)
+        job = session.get_one(Job, run.row.job_id)
         is_final = job.state in FINAL_STATES  # read before the points, so that a final job has no later ones
-        points = _points_after(session, run)
-        points.sort(key=lambda point: (point["step"], point["kind"]))
+        points = sorted(_points_after(session, run.row), key=lambda point: (point["step"], point["kind"]))
         has_more = len(points) > MAX_POINTS
-        points = points[:MAX_POINTS]
         end = _end(session, job) if is_final and not has_more else None
-        return RunUpdate(run=_description(session, job, run.type), points=points, end=end, has_more=has_more)
+        description = _description(session, job, run.row.type)
+        return RunUpdate(run=description, points=points[:MAX_POINTS], end=end, has_more=has_more)
 
 
-def record(
-    db: Database, run: TrackerRunClaim, run_update: RunUpdate, *, run_id: str
-) -> tuple[TrackerRunClaim, Follows]:
-    """Record the written data, and renew the claim while the job trains."""
+def record(db: Database, run: TrackerRunClaim, run_update: RunUpdate, *, run_id: str) -> TrackerRunClaim | None:
+    """Record the written data, and renew the claim while the job trains. Returns None if the worker must close the run:
+    it is complete, the job does not train now, or another worker has claimed it."""
     try:
         with db.write() as session:
             row, job = _locked(session, run)
             task_queue.progress(session, run.task, lease_seconds=TRACKER_LEASE_SECONDS)
             row.run_id = run_id
-            row.train_step = max([row.train_step, *_steps(run_update, "train")])
-            row.valid_step = max([row.valid_step, *_steps(run_update, "valid")])
-            follows = Follows.GO_ON
+            for point in run_update.points:
+                column = f"{point['kind']}_step"
+                setattr(row, column, max(getattr(row, column), point["step"]))
             if run_update.end is not None:
-                follows, row.finished_at = Follows.DONE, read_clock(session)
-            elif job.state not in (JobState.RUNNING, *FINAL_STATES) and not _points_after(session, row):
-                follows = Follows.SLEEP
-            if follows is not Follows.GO_ON:
-                task_queue.finish(session, run.task)
-            return _claimed(row, run.task), follows
+                row.finished_at = read_clock(session)
+            elif job.state in (JobState.RUNNING, *FINAL_STATES) or _points_after(session, row):
+                return TrackerRunClaim(task=run.task, row=row)
+            task_queue.finish(session, run.task)  # it is due again when the job trains
     except StaleClaim:
-        return run, Follows.STALE
+        pass
+    return None
 
 
 def release(db: Database, run: TrackerRunClaim) -> None:
@@ -167,28 +149,17 @@ def fail(db: Database, run: TrackerRunClaim, problem: str) -> None:
         row.error = row.error or problem
 
 
-def _claimed(row: TrackerRunRow, task: TaskClaim) -> TrackerRunClaim:
-    return TrackerRunClaim(
-        task=task,
-        job_id=row.job_id,
-        type=row.type,
-        run_id=row.run_id,
-        train_step=row.train_step,
-        valid_step=row.valid_step,
-    )
-
-
 def _locked(session: Session, run: TrackerRunClaim) -> tuple[TrackerRunRow, Job]:
     """Return the run and its job, which is locked. A transaction that makes the job train again waits for this lock,
     and wakes the run afterwards. Raises StaleClaim."""
     job = task_queue.hold(session, run.task, Job)
-    return session.get_one(TrackerRunRow, (run.job_id, run.type), populate_existing=True), job
+    return session.get_one(TrackerRunRow, (run.row.job_id, run.row.type), populate_existing=True), job
 
 
-def _points_after(session: Session, run: TrackerRunClaim | TrackerRunRow) -> list[Json]:
+def _points_after(session: Session, row: TrackerRunRow) -> list[Json]:
     """Return the next points of both curves that the run lacks."""
-    steps = {"train": run.train_step, "valid": run.valid_step}
-    found = (metric_store.some(session, run.job_id, kind, after_step=step) for kind, step in steps.items())
+    steps = {"train": row.train_step, "valid": row.valid_step}
+    found = (metric_store.some(session, row.job_id, kind, after_step=step) for kind, step in steps.items())
     return [_point(point) for points in found for point in points]
 
 
@@ -199,20 +170,13 @@ def _point(row: Point) -> Json:
     return {"kind": row.kind, "step": row.step, "at": row.created_at, "values": known}
 
 
-def _steps(run_update: RunUpdate, kind: str) -> list[int]:
-    return [point["step"] for point in run_update.points if point["kind"] == kind]
-
-
 def _description(session: Session, job: Job, wanted: str) -> Json:
-    project = session.get_one(Project, job.project_id)
     asked = [Integration.model_validate(one) for one in job.requested.get("integrations") or ()]
-    options = next(one for one in asked if one.type == wanted).options()
-    config: dict[str, Any] = {"model": job.base_model, "base_digest": job.base_digest, **_flat(job.spec)}
     return {
         "job_id": job.id,
-        "project": project.name,
-        "options": options.model_dump(mode="json"),
-        "config": config,
+        "project": session.get_one(Project, job.project_id).name,
+        "options": next(one for one in asked if one.type == wanted).options().model_dump(mode="json"),
+        "config": {"model": job.base_model, "base_digest": job.base_digest, **_flat(job.spec)},
     }
 
 
@@ -232,12 +196,11 @@ def _end(session: Session, job: Job) -> Json:
     adapter = session.scalar(select(Adapter).where(Adapter.job_id == job.id))
     figures: Json = {"trained_tokens": job.trained_tokens, **((adapter.evaluation or {}) if adapter else {})}
     numbers = {name: value for name, value in _flat(figures, "final.").items() if isinstance(value, int | float)}
-    error = (job.error or {}).get("message")
     return {
         "status": job.state,
         "reason": job.reason,
         "adapter": job.adapter_name,
         "lineage_id": adapter.lineage_id if adapter else None,
-        "error": error,
+        "error": (job.error or {}).get("message"),
         "numbers": numbers,
     }

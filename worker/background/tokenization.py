@@ -71,7 +71,7 @@ def prepare(context: WorkerContext, task: TaskClaim) -> bool:
         tracing.span("prepare", parent=tracing.of_job(job.id, job.trace), about=about) as span,
     ):
         if not _prepare(context, task, wanted):
-            span.fail("not prepared")
+            tracing.fail(span, "not prepared")
     return True
 
 

@@ -1,32 +1,31 @@
 """Writes the curves of jobs from the database to the runs in their trackers.
 
-This happens on a thread of its own, with a child process for each open run. A tracker that is slow or unavailable
-delays nothing else: its job only gets a line in its events.
+One thread claims runs, and one thread for each claimed run writes to it by a child process. A tracker that is slow or
+unavailable delays nothing else: its job only gets a line in its events.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 
 from catalog.db.database import Database
 from catalog.errors import LorryError
 from catalog.history import tracker_runs
-from catalog.history.tracker_runs import Follows, TrackerRunClaim
+from catalog.history.tracker_runs import TrackerRunClaim
 from catalog.settings import Settings
+from catalog.tables.history import TrackerRunRow
+from catalog.tables.table import Json
 from worker.trackers.session import TrackerRunFailed, TrackerRunSession, available, places
 
 log = logging.getLogger(__name__)
-TICK_SECONDS = 0.25
 POLL_SECONDS = 2.0
 """Interval between two polls for due runs, and between two writes to one run."""
 MAX_OPEN = 8
-LAST_SECONDS = 10.0
+LAST_SECONDS = 20.0
 """Time limit for open runs to write their remaining points when the worker exits."""
 
 
@@ -37,117 +36,78 @@ def writing_runs(db: Database, settings: Settings) -> Generator[None]:
     if not types:
         yield
         return
-    writer = TrackerRuns(db, settings, types)
-    writer.start()
+    writer = _RunWriter(db, settings, types)
+    thread = threading.Thread(target=writer.run, name="trackers", daemon=True)
+    thread.start()
     try:
         yield
     finally:
-        writer.close()
+        writer.stopping.set()
+        thread.join()
 
 
-@dataclass(kw_only=True, slots=True, eq=False)
-class _Claimed:
-    """A claimed run, with its session once it is open."""
-
-    claim: TrackerRunClaim
-    session: TrackerRunSession | None = None
-    due_at: float = 0.0
-    round: Future[Follows] | None = None
-
-
-class TrackerRuns:
-    """The claimed runs, and the thread that writes to them."""
-
+class _RunWriter:
     def __init__(self, db: Database, settings: Settings, types: tuple[str, ...]) -> None:
         self._db, self._settings, self._types = db, settings, types
-        self._claimed: list[_Claimed] = []
-        self._polled_at = 0.0
-        self._stopping = threading.Event()
-        self._pool = ThreadPoolExecutor(max_workers=MAX_OPEN, thread_name_prefix="trackers")
-        self._thread = threading.Thread(target=self._run, name="trackers", daemon=True)
+        self.stopping = threading.Event()
+        self._sessions: set[TrackerRunSession] = set()
 
-    def start(self) -> None:
-        self._thread.start()
+    def run(self) -> None:
+        """Claim runs until the worker exits. Then give the threads time to write the remaining points."""
+        written: set[Future[None]] = set()
+        with ThreadPoolExecutor(max_workers=MAX_OPEN, thread_name_prefix="trackers") as pool:
+            while not self.stopping.wait(POLL_SECONDS):
+                written = {each for each in written if not each.done()}
+                try:
+                    claimed = tracker_runs.claim(self._db, types=self._types, limit=MAX_OPEN - len(written))
+                    written |= {pool.submit(self._write_run, each) for each in claimed}
+                except LorryError as error:
+                    log.warning("%s Writing to trackers is delayed.", error)
+                except Exception:
+                    log.exception("Writing to trackers failed, and is retried.")
+            wait(written, timeout=LAST_SECONDS)
+            for session in list(self._sessions):
+                session.kill()
 
-    def close(self) -> None:
-        self._stopping.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._stopping.wait(TICK_SECONDS):
-            try:
-                self._tick()
-            except LorryError as error:
-                log.warning("%s Writing to trackers is delayed.", error)
-                self._stopping.wait(POLL_SECONDS)
-            except Exception:
-                log.exception("Writing to trackers failed, and is retried.")
-                self._stopping.wait(POLL_SECONDS)
-        self._end()
-
-    def _tick(self) -> None:
-        now = time.monotonic()
-        for one in list(self._claimed):
-            if one.round is not None and one.round.done():
-                self._finish_round(one)
-        if now - self._polled_at >= POLL_SECONDS:
-            self._polled_at = now
-            found = tracker_runs.claim(self._db, types=self._types, limit=MAX_OPEN - len(self._claimed))
-            self._claimed += [_Claimed(claim=claim) for claim in found]
-        for one in self._claimed:
-            if one.round is None and one.due_at <= now:
-                one.round = self._pool.submit(self._round, one)
-
-    def _finish_round(self, one: _Claimed) -> None:
-        assert one.round is not None
-        finished, one.round = one.round, None
-        error = finished.exception()
-        if error is None and finished.result() is Follows.GO_ON:
-            return
-        self._claimed.remove(one)
-        if isinstance(error, LorryError):  # the claim expires, and then a worker opens the run again
-            log.warning("%s Writing the curves of job %s to %s is retried.", error, one.claim.job_id, one.claim.type)
-        elif error is not None:
-            log.error("Writing the curves of job %s to %s failed.", one.claim.job_id, one.claim.type, exc_info=error)
-
-    def _round(self, one: _Claimed) -> Follows:
-        """Write the new points of one job. Closes its run unless it is to stay open."""
-        follows = Follows.DONE
+    def _write_run(self, claim: TrackerRunClaim) -> None:
+        """Write the points of one job, until it is no longer training or the worker exits."""
+        session: TrackerRunSession | None = None
+        current: TrackerRunClaim | None = claim
         try:
-            news = tracker_runs.poll(self._db, one.claim)
-            if one.session is None:
-                one.session = self._begin(one.claim, news.run)
-            one.session.write(news.points, news.end)
-            one.claim, follows = tracker_runs.record(self._db, one.claim, news, run_id=one.session.run_id)
-            one.due_at = 0.0 if news.has_more else time.monotonic() + POLL_SECONDS
+            while current is not None:
+                is_last = self.stopping.is_set()
+                news = tracker_runs.poll(self._db, current)
+                if session is None:
+                    session = self._begin(current.row, news.run)
+                session.write(news.points, news.end)
+                current = tracker_runs.record(self._db, current, news, run_id=session.run_id)
+                if is_last:
+                    break
+                if current is not None and not news.has_more:
+                    self.stopping.wait(POLL_SECONDS)
         except TrackerRunFailed as failure:
-            tracker_runs.fail(self._db, one.claim, str(failure))
+            if not self.stopping.is_set():  # otherwise its process may have been killed, and the next worker tries
+                tracker_runs.fail(self._db, claim, str(failure))
+        except LorryError as error:  # the claim expires, and then a worker opens the run again
+            log.warning("%s Writing the curves of job %s to %s is retried.", error, claim.row.job_id, claim.row.type)
+        except Exception:
+            log.exception("Writing the curves of job %s to %s failed.", claim.row.job_id, claim.row.type)
         finally:
-            if follows is not Follows.GO_ON and one.session is not None:
-                one.session.close()
-        return follows
+            if session is not None:
+                session.close()
+                self._sessions.discard(session)
+            if self.stopping.is_set():
+                with suppress(LorryError):
+                    tracker_runs.release(self._db, claim)
 
-    def _begin(self, claim: TrackerRunClaim, run: dict[str, object]) -> TrackerRunSession:
+    def _begin(self, row: TrackerRunRow, run: Json) -> TrackerRunSession:
         opening = {
-            "type": claim.type,
+            "type": row.type,
             "run": run,
-            "run_id": claim.run_id,
-            "next_step": max(claim.train_step, claim.valid_step) + 1,
-            "places": {claim.type: places(self._settings)[claim.type]},
+            "run_id": row.run_id,
+            "next_step": max(row.train_step, row.valid_step) + 1,
+            "places": {row.type: places(self._settings)[row.type]},
         }
-        return TrackerRunSession(opening)
-
-    def _end(self) -> None:
-        """Write the remaining points, within the time limit. The next worker writes the rest."""
-        wait([one.round for one in self._claimed if one.round is not None], timeout=LAST_SECONDS)
-        for one in self._claimed:
-            if one.round is None:
-                one.round = self._pool.submit(self._round, one)
-        wait([one.round for one in self._claimed if one.round is not None], timeout=LAST_SECONDS)
-        for one in self._claimed:
-            is_over = one.round is not None and one.round.done()
-            if one.session is not None:
-                one.session.close() if is_over else one.session.kill()
-            with suppress(LorryError):
-                tracker_runs.release(self._db, one.claim)
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        session = TrackerRunSession(opening)
+        self._sessions.add(session)
+        return session

@@ -55,7 +55,7 @@ def places(settings: Settings) -> dict[str, str]:
 
 
 class TrackerRunSession:
-    """An open run. Not thread-safe."""
+    """An open run. Only `kill` may be called by other threads."""
 
     def __init__(self, opening: Json, *, answer_seconds: float = ANSWER_SECONDS) -> None:
         """Open the run. Raises TrackerRunFailed."""
@@ -75,7 +75,7 @@ class TrackerRunSession:
         try:
             self.run_id = str(self._ask(opening)["run_id"])
         except TrackerRunFailed:
-            self.kill()
+            self.close()
             raise
 
     def write(self, points: list[Json], end: Json | None) -> None:
@@ -85,31 +85,28 @@ class TrackerRunSession:
     def close(self) -> None:
         """Close the run so that it keeps its points, within a time limit."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         with suppress(OSError, subprocess.TimeoutExpired):
             self._process.stdin.close()
             self._process.wait(CLOSE_SECONDS)
         self.kill()
+        self._process.wait()
+        self._process.stdout.close()
 
     def kill(self) -> None:
         """Kill the child and all processes that its library has started."""
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with suppress(OSError):
-                    pipe.close()
 
     def _ask(self, message: Json) -> Json:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        watch = threading.Timer(self._answer_seconds, self._process.kill)
+        watch = threading.Timer(self._answer_seconds, self.kill)
         watch.start()
         try:
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
-        except OSError:
+            with suppress(OSError):  # the child has exited: its last line may contain the reason
+                self._process.stdin.write(json.dumps(message) + "\n")
+                self._process.stdin.flush()
             line = self._process.stdout.readline()
         finally:
             watch.cancel()
@@ -129,9 +126,5 @@ class TrackerRunSession:
 
 def _environment(type_: str) -> dict[str, str]:
     names = {*SYSTEM, *PROXIES, "SSL_CERT_FILE", "SSL_CERT_DIR"}
-    passed_on = {
-        name: value
-        for name, value in os.environ.items()
-        if name in names or name.startswith(("LC_", *PASSED_ON[type_]))
-    }
-    return QUIET | passed_on
+    prefixes = ("LC_", *PASSED_ON[type_])
+    return QUIET | {name: value for name, value in os.environ.items() if name in names or name.startswith(prefixes)}

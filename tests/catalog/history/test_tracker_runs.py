@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from catalog.errors import InvalidRequest
 from catalog.history import tracker_runs
-from catalog.history.tracker_runs import Follows, TrackerRunClaim
+from catalog.history.tracker_runs import RunUpdate, TrackerRunClaim
 from catalog.jobs import commands
 from catalog.lifecycle import recording
 from catalog.queue import claims
@@ -37,6 +37,13 @@ def claim(world: World, types: tuple[str, ...] = TYPES, limit: int = 9) -> list[
     return tracker_runs.claim(world.db, types=types, limit=limit)
 
 
+def recorded(world: World, run: TrackerRunClaim, written: RunUpdate) -> TrackerRunClaim:
+    """Record the data, after which the run stays open."""
+    found = tracker_runs.record(world.db, run, written, run_id="r")
+    assert found is not None
+    return found
+
+
 def warnings(world: World, job: Job) -> list[str]:
     found = world.events(job.id)
     return [event.message for event in found if event.level == "warn"]
@@ -51,8 +58,8 @@ def test_run_is_due_once_its_job_trains(world: World) -> None:
 
     assert before == []
     assert claim(world, types=("mlflow",)) == []
-    assert [one.type for one in claim(world, types=("wandb",))] == ["wandb"]
-    assert [one.type for one in claim(world)] == ["tensorboard"]
+    assert [one.row.type for one in claim(world, types=("wandb",))] == ["wandb"]
+    assert [one.row.type for one in claim(world)] == ["tensorboard"]
 
 
 def test_each_point_is_written_once_and_replayed_steps_are_not(world: World) -> None:
@@ -62,14 +69,14 @@ def test_each_point_is_written_once_and_replayed_steps_are_not(world: World) -> 
     (run,) = claim(world)
 
     first = tracker_runs.poll(world.db, run)
-    run, follows = tracker_runs.record(world.db, run, first, run_id="r")
+    run = recorded(world, run, first)
     points(world, job, 2, 3)
     second = tracker_runs.poll(world.db, run)
 
     written = [(point["kind"], point["step"]) for point in first.points]
     assert written == [("valid", 0), ("train", 1), ("train", 2)]
     assert first.points[1]["values"] == {"train/loss": 0.5, "train/token_accuracy": 0.5}
-    assert (follows, run.run_id) == (Follows.GO_ON, "r")
+    assert run.row.run_id == "r"
     assert [(point["kind"], point["step"]) for point in second.points] == [("train", 3)]
     assert second.run["config"]["lora.rank"] == 16
     assert second.run["options"] == {"name": None}
@@ -85,8 +92,8 @@ def test_next_worker_resumes_the_run_of_a_dead_worker(world: World) -> None:
     (second,) = claim(world)
     late = tracker_runs.record(world.db, first, tracker_runs.poll(world.db, first), run_id="r")
 
-    assert (second.run_id, second.train_step) == ("r", 1)
-    assert late[1] is Follows.STALE
+    assert (second.row.run_id, second.row.train_step) == ("r", 1)
+    assert late is None
 
 
 def test_runs_of_a_paused_job_are_idle_until_it_trains_again(world: World) -> None:
@@ -95,14 +102,14 @@ def test_runs_of_a_paused_job_are_idle_until_it_trains_again(world: World) -> No
     commands.pause(world.db, **world.of(job.id))
     claims.end(world.db, world.job(job.id).claim_id or "", reason=EndReason.PAUSED_BY_USER, detail="")
 
-    _, follows = tracker_runs.record(world.db, run, tracker_runs.poll(world.db, run), run_id="r")
+    still_open = tracker_runs.record(world.db, run, tracker_runs.poll(world.db, run), run_id="r")
     world.clock.advance(10 * tracker_runs.TRACKER_LEASE_SECONDS)
     asleep = claim(world)
     commands.resume(world.db, **world.of(job.id))
     world.claim()
 
-    assert (follows, asleep) == (Follows.SLEEP, [])
-    assert [one.run_id for one in claim(world)] == ["r"]
+    assert (still_open, asleep) == (None, [])
+    assert [one.row.run_id for one in claim(world)] == ["r"]
 
 
 @pytest.mark.parametrize("earlier", [(), (1,)])
@@ -115,11 +122,11 @@ def test_points_that_precede_a_pause_are_written_before_the_run_is_idle(world: W
     commands.pause(world.db, **world.of(job.id))
     claims.end(world.db, world.job(job.id).claim_id or "", reason=EndReason.PAUSED_BY_USER, detail="")
 
-    run, follows = tracker_runs.record(world.db, run, first, run_id="r")
+    run = recorded(world, run, first)
     second = tracker_runs.poll(world.db, run)
-    _, last = tracker_runs.record(world.db, run, second, run_id="r")
+    still_open = tracker_runs.record(world.db, run, second, run_id="r")
 
-    assert (follows, last) == (Follows.GO_ON, Follows.SLEEP)
+    assert still_open is None
     assert [point["step"] for point in second.points] == [2]
 
 
@@ -130,16 +137,16 @@ def test_end_is_written_after_the_last_point_with_final_metrics(world: World) ->
     adapter = world.complete(world.job(job.id).claim_id or "")
 
     first = tracker_runs.poll(world.db, run)
-    run, follows = tracker_runs.record(world.db, run, first, run_id="r")
+    run = recorded(world, run, first)
     last = tracker_runs.poll(world.db, run)
-    _, done = tracker_runs.record(world.db, run, last, run_id="r")
+    still_open = tracker_runs.record(world.db, run, last, run_id="r")
 
-    assert (len(first.points), first.end, follows) == (tracker_runs.MAX_POINTS, None, Follows.GO_ON)
+    assert (len(first.points), first.end) == (tracker_runs.MAX_POINTS, None)
     assert len(last.points) == 10
     assert last.end is not None
     assert (last.end["status"], last.end["adapter"]) == ("succeeded", adapter.name)
     assert last.end["numbers"] == {"final.trained_tokens": 5}
-    assert done is Follows.DONE
+    assert still_open is None
     world.clock.advance(10 * tracker_runs.TRACKER_LEASE_SECONDS)
     assert claim(world) == []
 
@@ -151,9 +158,8 @@ def test_job_that_ends_during_a_write_is_not_missed(world: World) -> None:
 
     commands.cancel(world.db, **world.of(job.id))
     claims.end(world.db, world.job(job.id).claim_id or "", reason=EndReason.CANCELLED_BY_USER, detail="")
-    run, follows = tracker_runs.record(world.db, run, news, run_id="r")
+    run = recorded(world, run, news)
 
-    assert follows is Follows.GO_ON
     end = tracker_runs.poll(world.db, run).end
     assert end is not None
     assert end["status"] == "cancelled"
@@ -229,4 +235,4 @@ def test_job_without_integrations_has_no_run(world: World) -> None:
         tracker_runs.release(world.db, one)
     plain = world.running()
 
-    assert {one.job_id for one in claim(world)} != {plain.job.id}
+    assert {one.row.job_id for one in claim(world)} != {plain.job.id}

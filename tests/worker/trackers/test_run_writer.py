@@ -23,7 +23,7 @@ from catalog.settings import Settings
 from catalog.tables.history import TrackerRunRow
 from tests.catalog.world import World
 from tests.worker_site import wait_until
-from worker.children.tracker.wandb import WandbRun
+from worker.children.tracker.runs import WandbRun
 from worker.process.launcher import child_environment
 from worker.trackers import run_writer
 from worker.trackers import session as run_session
@@ -252,7 +252,7 @@ def test_a_run_whose_process_hangs_fails_and_leaves_no_process(settings: Setting
     hasty._answer_seconds = 0.2
     with pytest.raises(TrackerRunFailed, match="did not answer"):
         session.write([], None)
-    session.kill()
+    session.close()
 
     assert not child.is_running()
 

@@ -11,16 +11,9 @@ import sys
 from typing import Any, TextIO
 
 from catalog.process_inspection import deny_inspection
-from worker.children.tracker.mlflow import MlflowRun
-from worker.children.tracker.run import Json, TrackerRun
-from worker.children.tracker.tensorboard import TensorBoardRun
-from worker.children.tracker.wandb import WandbRun
+from worker.children.tracker.runs import Json, MlflowRun, TensorBoardRun, TrackerRun, WandbRun
 
-OPENERS: dict[str, Any] = {
-    "mlflow": MlflowRun,
-    "tensorboard": TensorBoardRun,
-    "wandb": WandbRun,
-}
+OPENERS: dict[str, Any] = {"mlflow": MlflowRun, "tensorboard": TensorBoardRun, "wandb": WandbRun}
 
 
 def main() -> int:
@@ -44,9 +37,9 @@ def _serve(lines: TextIO, answers: TextIO) -> None:
         run.write(request["points"])
         if request["end"] is not None:
             run.end(request["end"])
-            _send(answers, {"written": len(request["points"])})
+        _send(answers, {})
+        if request["end"] is not None:
             return
-        _send(answers, {"written": len(request["points"])})
     run.close()
 
 
