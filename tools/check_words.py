@@ -4,7 +4,6 @@ Prose is every comment and every string of a Python file, and every line of othe
 prose. An underscore counts as a letter, so a pattern for a word does not match names that contain it.
 """
 
-import argparse
 import fnmatch
 import io
 import re
@@ -26,23 +25,11 @@ PROSE_TOKENS = {tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MI
 
 
 @dataclass(frozen=True)
-class Rule:
-    pattern: re.Pattern[str]
-    use: str
-
-
-@dataclass(frozen=True)
-class Allowed:
-    """A text in which a pattern may occur, in the files that match `paths`."""
-
-    paths: str
-    text: re.Pattern[str]
-
-
-@dataclass(frozen=True)
 class Config:
-    rules: list[Rule]
-    allowed: list[Allowed]
+    rules: list[tuple[re.Pattern[str], str]]
+    """Patterns, and the words to use instead."""
+    allowed: list[tuple[str, re.Pattern[str]]]
+    """Files, and a text in them in which a pattern may occur."""
     skipped: list[str]
 
     @classmethod
@@ -50,11 +37,10 @@ class Config:
         """Load the rules. Raises KeyError for an exception without a reason."""
         table = tomllib.loads(path.read_text(encoding="utf-8"))
         words = {rf"(?i:(?<![\w-])(?:{words})(?![\w-]))": use for words, use in table["avoid"].items()}
-        patterns = words | table["avoid_exact"]
-        entries = [(entry["paths"], entry["text"], entry["reason"]) for entry in table.get("allow", [])]
+        allowed = [(entry["paths"], entry["text"], entry["reason"]) for entry in table.get("allow", [])]
         return cls(
-            rules=[Rule(re.compile(pattern), use) for pattern, use in patterns.items()],
-            allowed=[Allowed(paths, re.compile(text)) for paths, text, _ in entries],
+            rules=[(re.compile(pattern), use) for pattern, use in (words | table["avoid_exact"]).items()],
+            allowed=[(paths, re.compile(text)) for paths, text, _ in allowed],
             skipped=[entry["paths"] for entry in table["skip"] if entry["reason"]],
         )
 
@@ -62,16 +48,15 @@ class Config:
         return any(fnmatch.fnmatch(path, pattern) for pattern in self.skipped)
 
 
-@dataclass(frozen=True)
-class Finding:
-    path: str
-    line: int
-    word: str
-    use: str
-    text: str
-
-    def __str__(self) -> str:
-        return f'{self.path}:{self.line}: "{self.word}": use {self.use}\n    {self.text.strip()[:160]}'
+def findings(path: str, source: str, config: Config) -> Iterator[tuple[int, str, str]]:
+    """Yield the number of a line, a word in it, and the words to use instead."""
+    allowed = [text for paths, text in config.allowed if fnmatch.fnmatch(path, paths)]
+    for number, line in prose(path, source):
+        text = line
+        for each in allowed:
+            text = each.sub("", text)
+        for pattern, use in config.rules:
+            yield from ((number, match.group().strip(), use) for match in pattern.finditer(text))
 
 
 def prose(path: str, source: str) -> Iterator[tuple[int, str]]:
@@ -85,50 +70,18 @@ def prose(path: str, source: str) -> Iterator[tuple[int, str]]:
             yield from enumerate(text.splitlines(), token.start[0])
 
 
-def findings(path: str, source: str, config: Config) -> Iterator[Finding]:
-    exceptions = [exception.text for exception in config.allowed if fnmatch.fnmatch(path, exception.paths)]
-    for number, line in prose(path, source):
-        text = line
-        for exception in exceptions:
-            text = exception.sub("", text)
-        for rule in config.rules:
-            for match in rule.pattern.finditer(text):
-                yield Finding(path, number, match.group().strip(), rule.use, line)
-
-
-def text_files() -> list[str]:
-    """Return tracked and new text files, relative to the root."""
-    command = ["git", "ls-files", "-co", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return [path for path in listed.stdout.splitlines() if Path(path).suffix in SUFFIXES or Path(path).name in NAMES]
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("paths", nargs="*", help="only files whose path begins with one of these")
-    parser.add_argument("--all", action="store_true", help="also files that words.toml skips")
-    parser.add_argument("--count", action="store_true", help="print the number of findings for each word")
-    arguments = parser.parse_args()
     config = Config.load(WORDS)
-    prefixes = tuple(path.removeprefix("./") for path in arguments.paths)
-    chosen = [path for path in text_files() if path.startswith(prefixes or "")]
-    found = [
-        finding
-        for path in chosen
-        if arguments.all or not config.is_skipped(path)
-        for finding in findings(path, (ROOT / path).read_text(encoding="utf-8"), config)
-    ]
-    if arguments.count:
-        counts: dict[str, int] = {}
-        for finding in found:
-            counts[finding.word.lower()] = counts.get(finding.word.lower(), 0) + 1
-        for word, count in sorted(counts.items(), key=lambda item: -item[1]):
-            print(count, word)
-    else:
-        for finding in found:
-            print(finding)
-    print(f"{len(found)} words to replace in {len(chosen)} files.", file=sys.stderr)
-    return 1 if found else 0
+    command = ["git", "ls-files", "-co", "--exclude-standard"]
+    num_found = 0
+    for path in subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+        file = ROOT / path
+        is_text = file.suffix in SUFFIXES or file.name in NAMES
+        if is_text and file.exists() and not config.is_skipped(path):
+            for line, word, use in findings(path, file.read_text(encoding="utf-8"), config):
+                print(f'{path}:{line}: "{word}": use {use}')
+                num_found += 1
+    return 1 if num_found else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The REST API reference, from the OpenAPI document: an index, and one page for each resource (tag)."""
+"""The REST API reference, from the OpenAPI document: an index, one page per resource (tag), and one of all schemas."""
 
 from __future__ import annotations
 
@@ -19,8 +19,14 @@ from tools.json_schema import Json, cell, references, type_of
 
 METHODS = ("get", "post", "put", "patch", "delete")
 LIST = re.compile(r"ListPage_(\w+)_")
-INDEX = "reference/api.md"
-PAGES = {tag["name"]: f"reference/api/{tag['name'].replace(' ', '-')}.md" for tag in TAGS}
+LIST_EXAMPLE = "ListPage_FileObject_"
+INTRODUCTION = """\
+# REST API
+
+The API server returns this description as `GET /openapi.json`. Send the API key as `Authorization: Bearer
+lorry_key-…`. Times are in Unix seconds. All [errors](errors.md) have one shape:
+[ErrorResponse](api/schemas.md#errorresponse).
+"""
 
 
 @cache
@@ -35,7 +41,8 @@ def openapi() -> Json:
 
 def pages() -> dict[str, Callable[[], str]]:
     """Return the function that writes each page, by the page's path."""
-    return {INDEX: _index, **{path: partial(_page, tag) for tag, path in PAGES.items()}}
+    resources = {f"reference/{_path(tag['name'])}": partial(_resource, **tag) for tag in TAGS}
+    return {"reference/api.md": _index, "reference/api/schemas.md": _schema_page, **resources}
 
 
 def meaning(schema: Json, document: Json) -> str:
@@ -49,47 +56,40 @@ def meaning(schema: Json, document: Json) -> str:
 
 
 def _index() -> str:
-    schemas = _schemas()
-    parts = [
-        "# REST API",
-        "",
-        "The API server returns this description as `GET /openapi.json`. Send the API key as `Authorization: Bearer "
-        "lorry_key-…`. Times are in Unix seconds. All [errors](errors.md) have one shape: [ErrorResponse]"
-        "(#errorresponse).",
-    ]
+    parts = [INTRODUCTION]
     for tag in TAGS:
-        page = Path(PAGES[tag["name"]])
-        parts += [
-            "",
-            f"## {_title(tag['name'])}",
-            "",
-            f"[{_title(tag['name'])}](api/{page.name}): {tag['description']}",
-        ]
-        parts += ["", "| Operation | Purpose |", "|---|---|"]
+        title, path = tag["name"].capitalize(), _path(tag["name"])
+        parts += [f"## {title}", "", f"[{title}]({path}): {tag['description']}", ""]
+        parts += ["| Operation | Purpose |", "|---|---|"]
         for heading, operation in _operations(tag["name"]):
             anchor = re.sub(r"[^\w\s-]", "", heading).lower().replace(" ", "-")
-            parts.append(f"| [`{heading}`](api/{page.name}#{anchor}) | {_first_sentence(_purpose(operation))} |")
-    parts += ["", "## List pages", "", *_fields("ListPage", schemas["ListPage_FileObject_"], page=INDEX, level=3)]
-    parts += ["## Errors", ""]
-    for name in sorted(schemas.keys() - _pages_of_schemas().keys()):
-        if not LIST.fullmatch(name):
-            parts += _fields(name, schemas[name], page=INDEX, level=3)
+            parts.append(f"| [`{heading}`]({path}#{anchor}) | {_first_sentence(_purpose(operation))} |")
+        parts.append("")
     return "\n".join(parts)
 
 
-def _page(tag: str) -> str:
-    page = PAGES[tag]
-    description = next(one["description"] for one in TAGS if one["name"] == tag)
-    parts = [f"# {_title(tag)}", "", f"{description} [All resources](../api.md).", ""]
-    for heading, operation in _operations(tag):
-        parts += [f"## {heading}", "", _purpose(operation), ""]
-        parts += _parameters(operation, page=page)
-        parts += _bodies(operation, page=page)
-    names = sorted(name for name, of in _pages_of_schemas().items() if of == page)
-    if names:
-        parts += ["## Schemas", ""]
-    for name in names:
-        parts += _fields(name, _schemas()[name], page=page, level=3)
+def _resource(name: str, description: str) -> str:
+    parts = [f"# {name.capitalize()}", "", f"{description} [All resources](../api.md).", ""]
+    for heading, operation in _operations(name):
+        parts += [f"## {heading}", "", _purpose(operation), "", *_parameters(operation)]
+        for label, kind, schema in _contents(operation):
+            parts += [f"{label}: `{kind}`, {type_of(schema, _link)}.", ""]
+            if "properties" in schema:
+                parts += _table(schema, with_default=True)
+    return "\n".join(parts)
+
+
+def _schema_page() -> str:
+    schemas = openapi()["components"]["schemas"]
+    sent = set(references([operation.get("requestBody") for tag in TAGS for _, operation in _operations(tag["name"])]))
+    while more := {inner for name in sent for inner in references(schemas[name])} - sent:
+        sent |= more
+    parts = ["# Schemas of the REST API", ""]
+    for name, schema in sorted(schemas.items()):
+        if name == LIST_EXAMPLE or not LIST.fullmatch(name):
+            parts += [f"## {'ListPage' if name == LIST_EXAMPLE else name}", "", cell(schema["description"]), ""]
+            # The defaults of responses don't matter to a reader.
+            parts += _table(schema, with_default=name in sent) if schema.get("properties") else []
     return "\n".join(parts)
 
 
@@ -110,63 +110,21 @@ def _contents(operation: Json) -> Iterator[tuple[str, str, Json]]:
             yield f"Response {status}", kind, content.get("schema", {})
 
 
-@cache
-def _pages_of_schemas() -> dict[str, str]:
-    """Return the page of each schema: that of the first resource which uses it. Errors are not in it."""
-    found: dict[str, str] = {}
-    for tag, page in PAGES.items():
-        named = set(references([schema for _, one in _operations(tag) for _, _, schema in _contents(one)]))
-        for name in _with_inner(named):
-            if not LIST.fullmatch(name):
-                found.setdefault(name, page)
-    return found
-
-
-@cache
-def _sent() -> set[str]:
-    """Return the schemas of request bodies, whose defaults matter to a reader."""
-    bodies = [operation.get("requestBody") for tag in PAGES for _, operation in _operations(tag)]
-    return _with_inner(set(references(bodies)))
-
-
-def _with_inner(names: set[str]) -> set[str]:
-    while more := {inner for name in names for inner in references(_schemas()[name])} - names:
-        names |= more
-    return names
-
-
-def _schemas() -> dict[str, Json]:
-    return openapi()["components"]["schemas"]
-
-
-def _parameters(operation: Json, *, page: str) -> Iterator[str]:
-    parameters = operation.get("parameters", [])
-    if parameters:
+def _parameters(operation: Json) -> Iterator[str]:
+    if parameters := operation.get("parameters", []):
         yield from ("| Parameter | In | Type | Meaning |", "|---|---|---|---|")
         for one in parameters:
             schema = {**one["schema"], "description": one.get("description") or meaning(one["schema"], openapi())}
-            yield f"| `{one['name']}` | {one['in']} | {_type(schema, page)} | {_meaning(schema, with_default=True)} |"
+            text = _meaning(schema, with_default=True)
+            yield f"| `{one['name']}` | {one['in']} | {type_of(schema, _link)} | {text} |"
         yield ""
 
 
-def _bodies(operation: Json, *, page: str) -> Iterator[str]:
-    for label, kind, schema in _contents(operation):
-        yield from (f"{label}: `{kind}`, {_type(schema, page)}.", "")
-        if "properties" in schema:
-            yield from _table(schema, page=page, with_default=True)
-
-
-def _fields(name: str, schema: Json, *, page: str, level: int) -> Iterator[str]:
-    yield from (f"{'#' * level} {name}", "", cell(schema["description"]), "")
-    if schema.get("properties"):
-        yield from _table(schema, page=page, with_default=name in _sent())
-
-
-def _table(schema: Json, *, page: str, with_default: bool) -> Iterator[str]:
+def _table(schema: Json, *, with_default: bool) -> Iterator[str]:
     yield from ("| Field | Type | Meaning |", "|---|---|---|")
     for name, field in schema["properties"].items():
         required = " (required)" if with_default and name in schema.get("required", []) else ""
-        yield f"| `{name}`{required} | {_type(field, page)} | {_meaning(field, with_default=with_default)} |"
+        yield f"| `{name}`{required} | {type_of(field, _link)} | {_meaning(field, with_default=with_default)} |"
     yield ""
 
 
@@ -178,26 +136,19 @@ def _meaning(schema: Json, *, with_default: bool) -> str:
     return cell(text)
 
 
-def _type(schema: Json, page: str) -> str:
-    """Return a schema's type as Markdown; references become links to its section."""
-    return type_of(schema, partial(_link, page=page))
-
-
-def _link(name: str, *, page: str) -> str:
+def _link(name: str) -> str:
+    """Return a link to the section of a schema, for the type of a field."""
     if listed := LIST.fullmatch(name):
-        return f"[page](../api.md#list-pages) of {_link(listed[1], page=page)}"
-    target = _pages_of_schemas().get(name, INDEX)
-    folder = "" if page != INDEX else "api/"
-    path = "" if target == page else "../api.md" if target == INDEX else f"{folder}{Path(target).name}"
-    return f"[{name}]({path}#{name.lower()})"
+        return f"[page](schemas.md#listpage) of {_link(listed[1])}"
+    return f"[{name}](schemas.md#{name.lower()})"
+
+
+def _path(tag: str) -> str:
+    return f"api/{tag.replace(' ', '-')}.md"
 
 
 def _purpose(operation: Json) -> str:
     return operation.get("description") or operation["summary"]
-
-
-def _title(tag: str) -> str:
-    return tag[0].upper() + tag[1:]
 
 
 def _first_sentence(text: str) -> str:

@@ -5,15 +5,13 @@ from typing import Any
 
 from catalog.resources import memory
 from catalog.resources.gpus import CARDS, CUDA_BYTES, Card
-from catalog.resources.sharding import Demand, Fit, block_bytes, would_fit
+from catalog.resources.sharding import Demand, block_bytes, would_fit
 
 RANK, LONGEST_ROW, BATCH_SIZE = 16, 2048, 8
 MAX_JOBS = 16
 """Default of LORRY_MAX_JOBS_PER_TRAINER."""
 SIZES = (24, 80)
-"""Gigabytes of the cards in the table of packs."""
-PACK = 8
-"""Jobs in the columns for several jobs."""
+"""Gigabytes of the cards in the table of jobs per trainer."""
 RATED = (("L4", 24, 121e12), ("RTX 4090", 24, 165e12), ("L40S", 48, 362e12), ("A100", 80, 312e12), ("H100", 80, 989e12))
 """Name, gigabytes, and FLOP/s of dense bfloat16 matmuls with fp32 sums in the data sheet."""
 PART_OF_PEAK = 0.3
@@ -82,16 +80,12 @@ SHAPES = (
 
 
 def memory_of_jobs() -> str:
-    """The memory of one job that trains alone and of PACK jobs in one trainer, with the smallest GPUs."""
-    parts = [
-        f"| Base model | Parameters | `bfloat16` | `int8` | `nf4` | {PACK} jobs, `bfloat16` | {PACK} jobs, `nf4` |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    """The memory of a job that trains alone, with the smallest GPUs."""
+    parts = ["| Base model | Parameters | `bfloat16` | `int8` | `nf4` |", "|---|---|---|---|---|"]
     for shape in SHAPES:
-        one = [f"{memory.readable(_total(shape, how))} ({_smallest(shape, how)})" for how in ("none", "int8", "nf4")]
-        several = [_card_for(_total(shape, how) + _further(shape, PACK)) for how in ("none", "nf4")]
+        cells = [f"{memory.readable(_total(shape, how))} ({_smallest(shape, how)})" for how in ("none", "int8", "nf4")]
         count = f"{shape.description['num_parameters'] / 1e9:.2f} billion"
-        parts.append(f"| {shape.name} | {count} | {' | '.join([*one, *several])} |")
+        parts.append(f"| {shape.name} | {count} | {' | '.join(cells)} |")
     return "\n".join(parts)
 
 
@@ -143,18 +137,6 @@ def _total(shape: Shape, quantization: str) -> int:
     return memory.trainer_bytes(shape.description, "bfloat16", quantization) + _own(shape) + CUDA_BYTES
 
 
-def _further(shape: Shape, jobs: int) -> int:
-    """Bytes that the jobs after the first one add in a trainer."""
-    limit = memory.tick_tokens("cuda", num_lanes=1)
-    widened = sum(memory.widens_tick(num_before, tick_tokens=limit) for num_before in range(1, jobs))
-    return (jobs - 1) * _own(shape) + widened * memory.slice_bytes(shape.description, "bfloat16")
-
-
-def _card_for(num_bytes: int) -> str:
-    fitting = (f"{card.gigabytes} GB" for card in CARDS if card.memory_bytes >= num_bytes)
-    return f"{memory.readable(num_bytes)} ({next(fitting, 'no common GPU')})"
-
-
 def _rate(shape: Shape, gigabytes: int, flops: float) -> str:
     """Tokens per second with two significant digits: 4 FLOPs per token and parameter for LoRA, whose base is frozen."""
     card = next(card for card in CARDS if card.gigabytes == gigabytes)
@@ -169,14 +151,18 @@ def _smallest(shape: Shape, quantization: str) -> str:
     shardable, gathered = block_bytes(shape.description, "bfloat16") if quantization == "none" else (0, 0)
     whole = _total(shape, quantization) - CUDA_BYTES
     found = would_fit(Demand(whole_bytes=whole, shardable_bytes=shardable, gathered_bytes=gathered))
-    texts = [_fit(fit) for fit in found if not fit.host_bytes]
+    fits = [fit for fit in found if not fit.host_bytes]
+    texts = [f"{fit.num_devices} x {fit.card.gigabytes} GB".removeprefix("1 x ") for fit in fits]
     return ", ".join(texts) or "no common GPU"
 
 
-def _fit(fit: Fit) -> str:
-    return f"{fit.card.gigabytes} GB" if fit.num_devices == 1 else f"{fit.num_devices} x {fit.card.gigabytes} GB"
-
-
 def _jobs(shape: Shape, quantization: str, card: Card) -> int:
+    """The number of jobs that fit in one trainer. Those after the first one add their own memory and widen the tick."""
     left = card.memory_bytes - _total(shape, quantization)
-    return sum(_further(shape, number) <= left for number in range(1, MAX_JOBS + 1))
+    own, limit = _own(shape), memory.tick_tokens("cuda", num_lanes=1)
+    slice_bytes = memory.slice_bytes(shape.description, "bfloat16")
+    num_jobs = 0
+    while left >= 0 and num_jobs < MAX_JOBS:
+        num_jobs += 1
+        left -= own + memory.widens_tick(num_jobs, tick_tokens=limit) * slice_bytes
+    return num_jobs

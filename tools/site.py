@@ -15,13 +15,12 @@ from mkdocs.structure.pages import Page
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # MkDocs loads this file alone
 
-from tools import benchmark_page, reference_api, reference_cli, reference_errors, reference_fields, reference_memory
+from tools import benchmark_tables, reference_api, reference_cli, reference_errors, reference_fields, reference_memory
 
 INTERNALS = ("internals/", "decisions/", "contributing/")
 PAGES: dict[str, Callable[[], str]] = {
     "reference/cli.md": reference_cli.page,
     "reference/errors.md": reference_errors.markdown,
-    "benchmarks.md": benchmark_page.page,
     **reference_api.pages(),
 }
 PARTS: dict[str, Callable[..., str]] = {
@@ -32,8 +31,10 @@ PARTS: dict[str, Callable[..., str]] = {
     "jobs_per_trainer": reference_memory.packs,
     "rates": reference_memory.rates,
     "cards": reference_memory.cards,
+    "benchmark": benchmark_tables.benchmark,
+    "missed_goals": benchmark_tables.missed_goals,
 }
-PART = re.compile(r"<!-- generated: (\w+)([\w ]*) -->")
+PART = re.compile(r"<!-- generated: (\w+)([\w -]*?) -->")
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
