@@ -14,7 +14,7 @@ from pathlib import Path
 
 from qa.chaos.audit.findings import INVARIANTS, Finding
 from qa.chaos.environment import DATABASES, DatabaseKind, Fault, Ground
-from qa.chaos.fault_table import FAULTS
+from qa.chaos.faults import FAULTS
 from tests.services.programs import Missing
 
 LOG_CHARS = 10_000
@@ -49,10 +49,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     faults = [fault for fault in FAULTS if any(fnmatch.fnmatch(fault.name, pattern) for pattern in options.faults)]
     if options.list:
-        sys.stdout.writelines(f"{fault.name:30} {fault.what}: {fault.promise}\n" for fault in faults)
+        print("\n".join(f"{fault.name:30} {fault.what}: {fault.promise}" for fault in faults))
         return 0
     if not faults:
-        sys.stderr.write(f"There is no fault {' or '.join(options.faults)}; --list prints all names.\n")
+        print(f"There is no fault {' or '.join(options.faults)}; --list prints all names.", file=sys.stderr)
         return 2
     outcomes: list[Outcome] = []
     with tempfile.TemporaryDirectory(prefix="lorry-faults-") as folder, Ground(Path(folder)) as ground:
@@ -60,9 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for kind in fault.databases:
                 if kind in options.databases:
                     outcomes.append(_try(ground, fault, kind))
-                    sys.stdout.write(f"{outcomes[-1].line()}\n")
-                    sys.stdout.flush()
-    sys.stdout.write(f"\n{table(outcomes)}\n")
+                    print(outcomes[-1].line(), flush=True)
+    print(f"\n{table(outcomes)}")
     return 0 if all(outcome.is_well for outcome in outcomes) else 1
 
 
@@ -77,7 +76,7 @@ def _try(ground: Ground, fault: Fault, kind: DatabaseKind) -> Outcome:
                 outcome.seen = fault.act(site)
                 site.stop()
             except Exception:
-                sys.stderr.write(f"{site.log()[-LOG_CHARS:]}\n")
+                print(site.log()[-LOG_CHARS:], file=sys.stderr)
                 raise
             outcome.findings = site.audit()
     except Missing as missing:

@@ -8,9 +8,9 @@ import tempfile
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 from urllib.parse import urlsplit
 
 import psycopg
@@ -53,6 +53,24 @@ class Fault:
     small_disk: str | None = None
     """A folder of the site that is a separate file system, so that it can be filled. `database` contains SQLite's
     file."""
+
+
+Act = Callable[..., str]
+FAULTS: list[Fault] = []
+"""The faults of all modules that have been imported. `qa.chaos.faults` imports all of them."""
+
+
+def fault(
+    name: str, what: str, *, promise: str, given: Mapping[str, object] | None = None, **needs: Any
+) -> Callable[[Act], Act]:
+    """Return a decorator that adds a function to the faults. given: its arguments after the site. needs: the other
+    fields of `Fault`."""
+
+    def add(act: Act) -> Act:
+        FAULTS.append(Fault(name=name, what=what, promise=promise, act=partial(act, **(given or {})), **needs))
+        return act
+
+    return add
 
 
 class Ground:

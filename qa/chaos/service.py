@@ -21,20 +21,20 @@ from sqlalchemy import text
 from catalog.audit import chain
 from catalog.errors import OutOfSpace, Unavailable
 from catalog.jobs import commands
-from catalog.states import JobState
+from catalog.states import EndReason, JobState
 from catalog.tables.jobs import Job
 from qa.chaos.audit.auditor import audit
 from qa.chaos.audit.findings import Finding, Hook, Seen
 from qa.chaos.audit.leftovers import processes
 from qa.chaos.audit.trainer_watch import Watch
+from tests.api.hook_receiver import Answer, Received
 from tests.services.fault_proxy import FaultProxy
 from tests.services.running import Restartable, free_port
-from tests.worker_site import BASE, PEPPER, SHORT_LEASE, WorkerSite, wait_until
+from tests.worker_site import BASE, PEPPER, SHORT_LEASE, WorkerSite, is_gone
 
 SMALL: dict[str, Any] = {"hyperparameters": {"batch_size": 4}, "max_steps": 30, "checkpoint_every_steps": 10}
 """The job of most faults. Its adapter has a known digest."""
 NUM_ROWS = 40
-LOOK_SECONDS = 0.05
 PATIENCE_SECONDS = 300.0
 """Time limit that is sufficient on a busy machine."""
 ALONE_SECONDS = 10.0
@@ -77,16 +77,18 @@ class FaultSite(WorkerSite):
 
     def wait_until(self, condition: Callable[[], object]) -> None:
         """Wait for a condition. It counts as not fulfilled while the database does not answer."""
-        wait_until(lambda: _unless_down(condition), message=self.log, seconds=self.patience_seconds)
+
+        def is_fulfilled() -> object:
+            try:
+                return condition()
+            except (Unavailable, OutOfSpace):
+                return None
+
+        super().wait_until(is_fulfilled)
 
     def wait_seconds(self, seconds: float) -> None:
         """Wait in real time, for a lease or an outage."""
         time.sleep(seconds)
-
-    def children_of(self, process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-        """Return the child processes of a worker, except zombies."""
-        found = psutil.Process(process.pid).children(recursive=True)
-        return [child for child in found if child.status() != psutil.STATUS_ZOMBIE]
 
     def trainer_of(self, worker: subprocess.Popen[bytes]) -> psutil.Process:
         """Wait for the worker's trainer and return it, even if it has only just started."""
@@ -95,7 +97,7 @@ class FaultSite(WorkerSite):
 
     def trainers_of(self, worker: subprocess.Popen[bytes]) -> list[psutil.Process]:
         """Return the running trainers of a worker."""
-        return [child for child in self.children_of(worker) if "worker.children.trainer.main" in child.cmdline()]
+        return [child for child in children_of(worker) if is_trainer(child)]
 
     def has_seen_trainer(self) -> bool:
         """Return whether any trainer has held a job, even if it no longer runs."""
@@ -103,12 +105,9 @@ class FaultSite(WorkerSite):
 
     def seconds_until_alone(self) -> float:
         """Wait until no trainer or other child of a worker that has just exited is left. Returns the seconds."""
-        began = time.monotonic()
-        while left := processes(self.settings.work_dir()):
-            seconds = time.monotonic() - began
-            assert seconds < ALONE_SECONDS, f"{len(left)} processes outlived their worker by {seconds:.1f} s"
-            time.sleep(LOOK_SECONDS)
-        return time.monotonic() - began
+        seconds = self.seconds_until(lambda: not processes(self.settings.work_dir()))
+        assert seconds < ALONE_SECONDS, f"processes outlived their worker by {seconds:.1f} s"
+        return seconds
 
     def num_jobs(self) -> int:
         with self.db.read() as session:
@@ -118,10 +117,6 @@ class FaultSite(WorkerSite):
         began = time.monotonic()
         self.wait_until(condition)
         return time.monotonic() - began
-
-    def is_requested(self, verb: str) -> bool:
-        """Return whether a trainer has such a message that it has not read."""
-        return bool(list(self.settings.work_dir().glob(f"trainers/*/inbox/*-{verb}.json")))
 
     def is_anybody_writing(self) -> bool:
         """Return whether SQLite's lock is held, or a transaction of PostgreSQL waits for its client for unusually
@@ -173,8 +168,12 @@ class FaultSite(WorkerSite):
     def _answers(self) -> bool:
         assert self.api is not None
         assert self.api.poll() is None, self.log()
+        return self.is_listening()
+
+    def is_listening(self, *, seconds: float = 5.0) -> bool:
+        """Return whether the API server answers within this time."""
         try:
-            return self.ask("GET", "/healthz").status_code == 200
+            return self.ask("GET", "/healthz", timeout=seconds).status_code == 200
         except httpx.TransportError:
             return False
 
@@ -182,6 +181,14 @@ class FaultSite(WorkerSite):
 
     def submit_small(self, **fields: Any) -> str:
         return self.submit(self.upload(NUM_ROWS), **{**SMALL, **fields})
+
+    def train_to_step_15(self, **environment: str) -> tuple[str, subprocess.Popen[bytes]]:
+        """Train the small job up to step 15, where its trainer waits for the gate `go`. Returns its id and worker."""
+        job_id = self.submit_small()
+        worker = self.start_worker(FAILPOINT=f"step_15:wait={self.gate('go')}", **environment)
+        self.wait_until(lambda: self.checkpoint_steps(job_id) == [10])
+        self.wait_for_step(15, job_id)
+        return job_id, worker
 
     def finish(self, *job_ids: str, is_small: bool = True, **environment: str) -> None:
         """Finish jobs with one more worker. is_small: their adapters must have the bytes of an undisturbed job."""
@@ -202,13 +209,19 @@ class FaultSite(WorkerSite):
         for job_id in job_ids:
             commands.cancel(self.db, project_id=self.caller.project_id, job_id=job_id)
 
+    def assert_attempts(self, job_id: str, *reasons: EndReason, resumed_from: int | None = None) -> None:
+        """Check the reasons for which the job's attempts ended, and the step from which the last one resumed."""
+        assert self.reasons(job_id) == list(reasons), self.attempts_text(job_id)
+        if resumed_from is not None:
+            assert self.attempts(job_id)[-1].resumed_from_step == resumed_from, self.attempts_text(job_id)
+
+    def assert_exits(self, process: subprocess.Popen[bytes], *, status: int = 0) -> None:
+        assert process.wait(PATIENCE_SECONDS) == status, self.log()
+
     def attempts_text(self, job_id: str) -> str:
         """Return a short text about the ends of a job's attempts."""
-        told: list[str] = []
-        for attempt in self.attempts(job_id):
-            step = attempt.resumed_from_step
-            told.append(f"{attempt.reason}{f' from step {step}' if step else ''}")
-        return ", then ".join(told)
+        told = ((each.reason, each.resumed_from_step) for each in self.attempts(job_id))
+        return ", then ".join(f"{reason} from step {step}" if step else str(reason) for reason, step in told)
 
     # The end of a fault
 
@@ -218,7 +231,7 @@ class FaultSite(WorkerSite):
         for process in live:
             process.send_signal(signal.SIGTERM)
         for process in live:
-            assert process.wait(PATIENCE_SECONDS) == 0, self.log()
+            self.assert_exits(process)
 
     def audit(self) -> list[Finding]:
         """Audit the service after `stop`. Seals the remaining audit events first, as an API server would."""
@@ -233,14 +246,24 @@ class FaultSite(WorkerSite):
             pepper=PEPPER.encode(),
         )
 
-    def heard(self, body: bytes, *, event_id: str) -> None:
-        """Note a received webhook."""
-        told = json.loads(body)
+    def heard(self, request: Received) -> Answer:
+        """Note a received webhook, and accept it."""
+        told, event_id = json.loads(request.body), request.headers["webhook-id"]
         self.hooks.append(Hook(event_id=event_id, event_type=told["type"], job_id=told["data"]["id"]))
+        return Answer()
 
 
-def _unless_down(condition: Callable[[], object]) -> object:
+def children_of(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Return the running processes below a worker, which may have exited."""
     try:
-        return condition()
-    except (Unavailable, OutOfSpace):
-        return None
+        found = psutil.Process(process.pid).children(recursive=True)
+        return [child for child in found if not is_gone(child)]
+    except psutil.NoSuchProcess:
+        return []
+
+
+def is_trainer(process: psutil.Process) -> bool:
+    try:
+        return "worker.children.trainer.main" in process.cmdline()
+    except psutil.Error:
+        return False

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from qa.fuzz.campaign import Campaign, run
@@ -21,18 +20,13 @@ def main() -> int:
     for name in arguments.database:
         with tempfile.TemporaryDirectory() as folder, _database(name, Path(folder)) as url:
             done = run(campaign, Path(folder), database_url=url, echo=sys.stdout)
-            sys.stdout.write(f"\n{name}\n{done.table()}\n")
+            print(f"\n{name}\n{done.table()}")
             is_well = is_well and done.is_well
     return 0 if is_well else 1
 
 
-@contextmanager
-def _database(name: str, folder: Path) -> Iterator[str]:
-    if name == "sqlite":
-        yield f"sqlite:///{folder / 'lorry.db'}"
-        return
-    with postgres_server() as url:
-        yield url
+def _database(name: str, folder: Path) -> AbstractContextManager[str]:
+    return nullcontext(f"sqlite:///{folder / 'lorry.db'}") if name == "sqlite" else postgres_server()
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,35 +15,35 @@ import obstore
 from obstore.store import from_url
 
 from qa.chaos.audit.findings import Finding
-from qa.chaos.audit.tables import Record, Row
+from qa.chaos.audit.tables import Row, Tables
 
 
-def damaged(found: Record, store_url: str) -> Iterator[Finding]:
+def damaged(found: Tables, store_url: str) -> Iterator[Finding]:
     objects = _Objects(store_url)
-    visible = {row["digest"]: row for row in found.artifacts}
-    for row in found.artifacts:
+    visible = {row["digest"]: row for row in found["artifacts"]}
+    for row in found["artifacts"]:
         for problem in _problems(objects, row):
             yield Finding(invariant="I4", subject=row["digest"], sentence=problem)
     for owner, digest in _references(found):
         if digest not in visible:
             yield Finding(invariant="I4", subject=owner, sentence=f"its artifact {digest} is not visible")
-    for file in found.files:
+    for file in found["files"]:
         if file["deleted_at"] is None and (why := objects.problem_of_blob(file["digest"], file["num_bytes"])):
             yield Finding(invariant="I4", subject=file["id"], sentence=why)
-    for adapter in found.adapters:
+    for adapter in found["adapters"]:
         if not adapter["verification"].get("passed"):
             yield Finding(invariant="I4", subject=adapter["id"], sentence="PEFT has not verified it")
 
 
-def _references(found: Record) -> Iterator[tuple[str, str]]:
-    for adapter in found.adapters:
+def _references(found: Tables) -> Iterator[tuple[str, str]]:
+    for adapter in found["adapters"]:
         if adapter["deleted_at"] is None:
             yield adapter["id"], adapter["artifact"]
-    for checkpoint in found.checkpoints:
+    for checkpoint in found["checkpoints"]:
         for name in ("artifact", "adapter"):
             if checkpoint[name] is not None:
                 yield checkpoint["id"], checkpoint[name]
-    for cache in found.prepared:
+    for cache in found["prepared"]:
         if cache["artifact"] is not None:
             yield cache["key"], cache["artifact"]
 

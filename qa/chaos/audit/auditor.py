@@ -9,8 +9,8 @@ from __future__ import annotations
 import hmac
 import re
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from hashlib import sha256
 from itertools import combinations, pairwise
@@ -21,13 +21,14 @@ import rfc8785
 
 from qa.chaos.audit import artifacts, leftovers, tables
 from qa.chaos.audit.findings import Finding, Invariant, Seen, Sighting
-from qa.chaos.audit.tables import Record, Row
+from qa.chaos.audit.tables import Row, Tables, by_job
 
 STATES_PAGE = Path(__file__).parents[3] / "docs/reference/job-states.md"
 ARROW = re.compile(r"^\s*(\S+) --> (\S+?)(?:: (\w+))?\s*$", re.MULTILINE)
 OUTSIDE = "[*]"
 KILL_SECONDS = 10.0
 """In addition to a lease, the time for which two trainers of one job may be observed together."""
+ByJob = Mapping[str, Sequence[Row]]
 GENESIS = "0" * 64
 ASKED = {"cancelled_by_user": "job.cancelled", "paused_by_user": "job.paused"}
 HOOKS = {"succeeded", "failed", "cancelled"}
@@ -53,19 +54,25 @@ def audit(
     found = tables.read(database_url)
     known = seen or Seen()
     moment = time.time() if now is None else now
+    attempts = by_job(found["attempts"])
+    moves = by_job({**event["data"], "job_id": event["job_id"]} for event in found["events"] if _is_move(event))
     return [
-        *_one_end(found, known, is_settled=is_settled),
-        *_one_completion(found),
-        *_one_trainer(found, known.trainers, lease_seconds=lease_seconds),
+        *_one_end(found, moves, known, is_settled=is_settled),
+        *_one_completion(found, attempts),
+        *_one_trainer(attempts, known.trainers, lease_seconds=lease_seconds),
         *artifacts.damaged(found, store_url),
         *_one_job_a_key(found, known),
         *_hooks(found, known, is_settled=is_settled),
         *leftovers.rows(found, now=moment, lease_seconds=lease_seconds),
         *(leftovers.on_machine(work_dir) if work_dir is not None else ()),
-        *_moves(found),
-        *_people(found),
+        *_moves(found, moves, attempts),
+        *_people(found, moves),
         *_chain(found, pepper),
     ]
+
+
+def _is_move(event: Row) -> bool:
+    return event["type"] == "transition"
 
 
 @cache
@@ -76,11 +83,11 @@ def _diagram() -> tuple[frozenset[tuple[str, str, str]], frozenset[str]]:
     return moves, frozenset(start for start, end, _ in arrows if end == OUTSIDE)
 
 
-def _one_end(found: Record, seen: Seen, *, is_settled: bool) -> Iterator[Finding]:
+def _one_end(found: Tables, moves: ByJob, seen: Seen, *, is_settled: bool) -> Iterator[Finding]:
     _, final = _diagram()
-    known = {job["id"] for job in found.jobs}
-    for job in found.jobs:
-        told = [move["data"]["to"] for move in found.transitions.get(job["id"], ())]
+    known = {job["id"] for job in found["jobs"]}
+    for job in found["jobs"]:
+        told = [move["to"] for move in moves.get(job["id"], ())]
         ends = [state for state in told if state in final]
         if is_settled and job["state"] not in final:
             yield _finding("I1", job["id"], f"it is {job['state']}, which is not a final state")
@@ -93,14 +100,12 @@ def _one_end(found: Record, seen: Seen, *, is_settled: bool) -> Iterator[Finding
             yield _finding("I1", job_id, f"it was accepted with the key {key}, but does not exist")
 
 
-def _one_completion(found: Record) -> Iterator[Finding]:
-    adapters: dict[str, list[Row]] = defaultdict(list)
-    for adapter in found.adapters:
-        adapters[adapter["job_id"]].append(adapter)
-    for job in found.jobs:
-        attempts = found.attempts.get(job["id"], [])
-        numbers = [attempt["number"] for attempt in attempts]
-        completed = [attempt["number"] for attempt in attempts if attempt["reason"] == "completed"]
+def _one_completion(found: Tables, attempts: ByJob) -> Iterator[Finding]:
+    adapters = by_job(found["adapters"])
+    for job in found["jobs"]:
+        own = attempts.get(job["id"], [])
+        numbers = [attempt["number"] for attempt in own]
+        completed = [attempt["number"] for attempt in own if attempt["reason"] == "completed"]
         wanted = numbers[-1:] if job["state"] == "succeeded" else []
         if completed != wanted:
             yield _finding("I2", job["id"], f"it is {job['state']}; attempts {completed} of {numbers} completed it")
@@ -110,13 +115,13 @@ def _one_completion(found: Record) -> Iterator[Finding]:
             yield _finding("I2", job["id"], f"its attempts are {numbers}, but its row has {job['attempt']}")
 
 
-def _one_trainer(found: Record, sightings: Sequence[Sighting], *, lease_seconds: float) -> Iterator[Finding]:
-    for job_id, attempts in found.attempts.items():
-        for before, after in pairwise(attempts):
+def _one_trainer(attempts: ByJob, sightings: Sequence[Sighting], *, lease_seconds: float) -> Iterator[Finding]:
+    for job_id, own in attempts.items():
+        for before, after in pairwise(own):
             if before["ended_at"] is None or before["ended_at"] > after["started_at"]:
                 sentence = f"attempt {after['number']} began before attempt {before['number']} had ended"
                 yield _finding("I3", job_id, sentence)
-    job_of = {attempt["claim_id"]: job_id for job_id, rows in found.attempts.items() for attempt in rows}
+    job_of = {attempt["claim_id"]: job_id for job_id, own in attempts.items() for attempt in own}
     together: dict[str, list[Sighting]] = defaultdict(list)
     for sighting in sightings:
         together[job_of.get(sighting.claim_id, sighting.claim_id)].append(sighting)
@@ -127,9 +132,9 @@ def _one_trainer(found: Record, sightings: Sequence[Sighting], *, lease_seconds:
                 yield _finding("I3", job_id, f"processes {one.pid} and {other.pid} both trained it for {seconds:.1f} s")
 
 
-def _one_job_a_key(found: Record, seen: Seen) -> Iterator[Finding]:
-    jobs = {job["id"]: job for job in found.jobs}
-    rows = {row["key"]: row for row in found.idempotency_keys}
+def _one_job_a_key(found: Tables, seen: Seen) -> Iterator[Finding]:
+    jobs = {job["id"]: job for job in found["jobs"]}
+    rows = {row["key"]: row for row in found["idempotency_keys"]}
     for key, row in rows.items():
         job = jobs.get(row["job_id"])
         if job is None or (job["body_digest"], job["project_id"]) != (row["body_digest"], row["project_id"]):
@@ -138,28 +143,24 @@ def _one_job_a_key(found: Record, seen: Seen) -> Iterator[Finding]:
         stands_for = {rows[key]["job_id"]} if key in rows else set[str]()
         if len({*ids, *stands_for}) > 1 or not stands_for:
             yield _finding("I5", key, f"responses named {sorted(set(ids))}, but the database has {sorted(stands_for)}")
-    for request_id, ids in _made_by_requests(found).items():
+    made: dict[str, list[str]] = defaultdict(list)
+    for event in found["audit_events"]:
+        if event["type"] == "job.created" and event["request_id"] and "sweep" not in event["details"]:
+            made[event["request_id"]].append(event["object_id"])
+    for request_id, ids in made.items():
         if len(ids) > 1:
             yield _finding("I5", request_id, f"one request created the jobs {ids}")
 
 
-def _made_by_requests(found: Record) -> dict[str, list[str]]:
-    made: dict[str, list[str]] = defaultdict(list)
-    for event in found.audit_events:
-        if event["type"] == "job.created" and event["request_id"] and "sweep" not in event["details"]:
-            made[event["request_id"]].append(event["object_id"])
-    return made
-
-
-def _hooks(found: Record, seen: Seen, *, is_settled: bool) -> Iterator[Finding]:
+def _hooks(found: Tables, seen: Seen, *, is_settled: bool) -> Iterator[Finding]:
     """Check the webhooks of each finished job, to each endpoint that existed and subscribed to the event."""
     events: dict[str, set[str]] = {}
-    for job in (job for job in found.jobs if job["state"] in HOOKS):
-        mine = [row for row in found.deliveries if row["data"].get("id") == job["id"] and not row["is_test"]]
+    for job in (job for job in found["jobs"] if job["state"] in HOOKS):
+        mine = [row for row in found["webhook_deliveries"] if row["data"].get("id") == job["id"] and not row["is_test"]]
         events[job["id"]] = {row["event_id"] for row in mine}
-        yield from _hooks_of(job, mine, found.endpoints, is_settled=is_settled)
+        yield from _hooks_of(job, mine, found["webhook_endpoints"], is_settled=is_settled)
     yield from _sent(found, seen)
-    tests = {row["event_id"] for row in found.deliveries if row["is_test"]}
+    tests = {row["event_id"] for row in found["webhook_deliveries"] if row["is_test"]}
     for hook in seen.hooks:
         if hook.event_id not in tests | events.get(hook.job_id, set()):
             yield _finding("I6", hook.job_id, f"{hook.event_type} came with another's id, {hook.event_id}")
@@ -180,11 +181,11 @@ def _hooks_of(job: Row, mine: list[Row], endpoints: list[Row], *, is_settled: bo
             yield _finding("I6", job["id"], f"{sent[0]['id']} was not delivered to {endpoint['id']}")
 
 
-def _sent(found: Record, seen: Seen) -> Iterator[Finding]:
+def _sent(found: Tables, seen: Seen) -> Iterator[Finding]:
     """Check that each delivery with the status `delivered` got a 2xx response, and was received."""
-    answered = {row["delivery_id"] for row in found.tries if 200 <= (row["status_code"] or 0) < 300}
+    answered = {row["delivery_id"] for row in found["webhook_tries"] if 200 <= (row["status_code"] or 0) < 300}
     came = {hook.event_id for hook in seen.hooks}
-    for row in (row for row in found.deliveries if row["status"] == "delivered"):
+    for row in (row for row in found["webhook_deliveries"] if row["status"] == "delivered"):
         if row["id"] not in answered:
             yield _finding("I6", row["id"], "it is recorded as delivered, but no attempt got a 2xx response")
         if seen.hooks and row["event_id"] not in came:
@@ -196,54 +197,53 @@ def _is_due(endpoint: Row, job: Row, event_type: str) -> bool:
     return was_there and endpoint["project_id"] == job["project_id"] and event_type in endpoint["event_types"]
 
 
-def _moves(found: Record) -> Iterator[Finding]:
+def _moves(found: Tables, moves: ByJob, attempts: ByJob) -> Iterator[Finding]:
     """Check that each transition is in the diagram and follows the previous one, and that the last one leads to the
     job's state."""
     allowed, _ = _diagram()
-    for job in found.jobs:
+    for job in found["jobs"]:
         state = OUTSIDE
-        moves = found.transitions.get(job["id"], [])
-        for move in moves:
-            data = move["data"]
-            if (data["from"] or OUTSIDE) != state or (state, data["verb"], data["to"]) not in allowed:
-                sentence = f"after {state}, an event records {data['verb']} from {data['from']} to {data['to']}"
+        own = moves.get(job["id"], [])
+        for move in own:
+            if (move["from"] or OUTSIDE) != state or (state, move["verb"], move["to"]) not in allowed:
+                sentence = f"after {state}, an event records {move['verb']} from {move['from']} to {move['to']}"
                 yield _finding("I8", job["id"], sentence)
-            state = data["to"]
+            state = move["to"]
         if state != job["state"]:
             yield _finding("I8", job["id"], f"it is {job['state']}, but its events lead to {state}")
-        claims = sum(move["data"]["verb"] == "claim" for move in moves)
-        if claims != len(found.attempts.get(job["id"], ())):
-            yield _finding("I8", job["id"], f"{claims} claims, {len(found.attempts.get(job['id'], ()))} attempts")
+        num_claims, num_attempts = sum(move["verb"] == "claim" for move in own), len(attempts.get(job["id"], ()))
+        if num_claims != num_attempts:
+            yield _finding("I8", job["id"], f"{num_claims} claims, {num_attempts} attempts")
 
 
-def _people(found: Record) -> Iterator[Finding]:
+def _people(found: Tables, moves: ByJob) -> Iterator[Finding]:
     """Check that every request of a user is in the audit log, with the job's id."""
-    noted: dict[tuple[str, str], int] = defaultdict(int)
-    for event in found.audit_events:
-        noted[event["type"], event["object_id"] or ""] += 1
-    for job in found.jobs:
-        moves = [move["data"] for move in found.transitions.get(job["id"], ())]
+    noted = Counter((event["type"], event["object_id"]) for event in found["audit_events"])
+    for job in found["jobs"]:
+        own = moves.get(job["id"], [])
         if noted["job.created", job["id"]] != 1:
             yield _finding("I8", job["id"], f"its creation is recorded {noted['job.created', job['id']]} times")
         if job["sweep_id"] is not None:
             continue
-        asked = [ASKED[move["reason"]] for move in moves if move["reason"] in ASKED and move["verb"] != "requeue"]
-        asked += ["job.resumed" for move in moves if move["verb"] == "resume"]
+        asked = [ASKED[move["reason"]] for move in own if move["reason"] in ASKED and move["verb"] != "requeue"]
+        asked += ["job.resumed" for move in own if move["verb"] == "resume"]
         for kind in set(asked):
             if asked.count(kind) > noted[kind, job["id"]]:
                 yield _finding("I8", job["id"], f"{kind} happened {asked.count(kind)} times, but has fewer events")
 
 
-def _chain(found: Record, pepper: bytes) -> Iterator[Finding]:
+def _chain(found: Tables, pepper: bytes) -> Iterator[Finding]:
     """Check that every sealed event has the digest of its content and of the previous event, up to the head."""
-    sealed = sorted((event for event in found.audit_events if event["link"] is not None), key=lambda row: row["link"])
+    sealed = sorted(
+        (event for event in found["audit_events"] if event["link"] is not None), key=lambda row: row["link"]
+    )
     digest = GENESIS
     for link, event in enumerate(sealed, start=1):
         if event["link"] != link or event["previous"] != digest or event["digest"] != _digest(event, pepper):
             yield _finding("I8", event["id"], f"the audit log's chain is broken at link {link}")
             return
         digest = event["digest"]
-    heads = [(head["link"], head["digest"]) for head in found.audit_heads]
+    heads = [(head["link"], head["digest"]) for head in found["audit_head"]]
     if heads != ([(len(sealed), digest)] if sealed else []):
         yield _finding("I8", "audit_head", f"the audit log ends at {len(sealed)}, but its head is {heads}")
 

@@ -48,16 +48,7 @@ class Watch:
         if ENTRY not in argv:
             return
         now = time.time()
-        for folder in _folders(Path(argv[argv.index(ENTRY) + 1]) / "jobs"):
+        for folder in (Path(argv[argv.index(ENTRY) + 1]) / "jobs").glob("*"):
             key = process.pid, folder.name
-            before = self._seen.get(key)
-            first_at = now if before is None else before.first_at
+            first_at = self._seen[key].first_at if key in self._seen else now
             self._seen[key] = Sighting(pid=process.pid, claim_id=folder.name, first_at=first_at, last_at=now)
-
-
-def _folders(jobs: Path) -> list[Path]:
-    """Return the folders of jobs. Empty if the parent folder no longer exists."""
-    try:
-        return list(jobs.iterdir())
-    except OSError:
-        return []

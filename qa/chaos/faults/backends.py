@@ -17,13 +17,14 @@ import redis
 from sqlalchemy import make_url
 
 from catalog.states import FINAL_STATES, EndReason, JobState
+from qa.chaos.environment import DATABASES, POSTGRESQL, fault
 from qa.chaos.service import NUM_ROWS, PATIENCE_SECONDS, SMALL, FaultSite
 from tests.services.fault_proxy import fault_proxy
 from tests.worker_site import is_gone
 
 LOCKED_SECONDS = 33.0
 """SQLite's writers give up after 30."""
-ONCE = [EndReason.COMPLETED]
+LONG_LEASE = {"LORRY_LEASE_SECONDS": "60", "LORRY_HEARTBEAT_SECONDS": "1"}
 CELERY = [sys.executable, "-m", "celery", "-A", "worker.entrypoints.celery_app"]
 WORKER = [*CELERY, "worker", "--without-gossip", "--without-mingle", "-c", "1", "-Q", "lorry", "-l", "warning"]
 HOUR = 3600.0
@@ -58,13 +59,18 @@ datetime.datetime = Shifted
 """The system's clock affects the whole machine. Compiled libraries such as SQLite still read the real clock."""
 
 
+@fault(
+    "database-restarted",
+    "database restarted, for less than a lease, while a job trains",
+    promise="submit 503 and Retry-After; no lease expires",
+    databases=POSTGRESQL,
+    environment=LONG_LEASE,
+)
 def restart_database(site: FaultSite) -> str:
-    """Restart it while a job trains, for less than a lease. Meanwhile a client submits a job."""
     assert site.under.postgres is not None
-    file_id, job_id = site.upload(NUM_ROWS), site.submit_small()
+    file_id = site.upload(NUM_ROWS)
     site.start_api()
-    site.start_worker(FAILPOINT=f"step_15:wait={site.gate('go')}")
-    site.wait_for_step(15, job_id)
+    job_id, _ = site.train_to_step_15()
     site.under.postgres.stop()
     refused = _submit(site, file_id, "while-down")
     site.gate("go").touch()
@@ -73,13 +79,18 @@ def restart_database(site: FaultSite) -> str:
 
     told = _assert_unavailable(refused)
     site.wait_for_success(job_id)
-    assert site.reasons(job_id) == ONCE, site.attempts_text(job_id)
+    site.assert_attempts(job_id, EndReason.COMPLETED)
     _accepts(site, _submit(site, file_id, "while-down"))
     return f"{told}; then accepted. The running job: {site.attempts_text(job_id)}"
 
 
+@fault(
+    "database-killed-submitting",
+    "database killed between the last statement of a submission and the commit",
+    promise="503, no job; the retry creates one",
+    databases=POSTGRESQL,
+)
 def kill_database_in_submission(site: FaultSite) -> str:
-    """Kill all its processes between the last statement of a submission and the commit."""
     assert site.under.postgres is not None
     file_id = site.upload(NUM_ROWS)
     site.start_api(FAILPOINT=f"submit_before_commit:wait={site.gate('commit')}")
@@ -92,14 +103,18 @@ def kill_database_in_submission(site: FaultSite) -> str:
         told = _assert_unavailable(asked.result(PATIENCE_SECONDS))
     site.wait_until(lambda: site.num_jobs() == 0)
 
-    answer = _submit(site, file_id, "killed")
-
-    _accepts(site, answer)
+    _accepts(site, _submit(site, file_id, "killed"))
     return f"{told}, no job left; the retry created one"
 
 
+@fault(
+    "database-killed-completing",
+    "database killed between the last statement of a completion and the commit",
+    promise="completed once",
+    databases=POSTGRESQL,
+    environment=LONG_LEASE,
+)
 def kill_database_in_completion(site: FaultSite) -> str:
-    """Kill all its processes between the last statement of a completion and the commit."""
     assert site.under.postgres is not None
     job_id = site.submit_small()
     site.start_worker(FAILPOINT=f"in_complete:wait={site.gate('commit')}")
@@ -111,16 +126,21 @@ def kill_database_in_completion(site: FaultSite) -> str:
 
     site.wait_for_success(job_id)
 
-    assert site.reasons(job_id) == ONCE, site.attempts_text(job_id)
+    site.assert_attempts(job_id, EndReason.COMPLETED)
     return f"the worker completed it again: {site.attempts_text(job_id)}"
 
 
+@fault(
+    "database-locked",
+    "database locked for 33 s while a job trains",
+    promise="submit waits, or 503 and Retry-After; no lease expires",
+    databases=DATABASES,
+    environment=LONG_LEASE,
+)
 def lock_database(site: FaultSite) -> str:
-    """Lock the jobs for longer than SQLite's writers wait."""
-    file_id, job_id = site.upload(NUM_ROWS), site.submit_small()
+    file_id = site.upload(NUM_ROWS)
     site.start_api()
-    site.start_worker(FAILPOINT=f"step_15:wait={site.gate('go')}")
-    site.wait_for_step(15, job_id)
+    job_id, _ = site.train_to_step_15()
     with ThreadPoolExecutor(max_workers=1) as pool:
         with _lock_of(site):
             site.gate("go").touch()
@@ -130,7 +150,7 @@ def lock_database(site: FaultSite) -> str:
 
     told = _assert_unavailable(answer) if answer.status_code != 200 else "the submission waited"
     site.wait_for_success(job_id)
-    assert site.reasons(job_id) == ONCE, site.attempts_text(job_id)
+    site.assert_attempts(job_id, EndReason.COMPLETED)
     _accepts(site, _submit(site, file_id, "locked"))
     return f"{told}. The running job: {site.attempts_text(job_id)}"
 
@@ -151,15 +171,17 @@ def _lock_of(site: FaultSite) -> Generator[None]:
         yield
 
 
+@fault(
+    "worker-cut-off",
+    "one worker cut off from the database for two leases, then reconnected",
+    promise="its writes are refused; its trainer exited before its lease expired",
+    databases=POSTGRESQL,
+)
 def cut_worker_off(site: FaultSite) -> str:
-    """Cut the connection between one worker and the database for two leases. Another worker takes its job."""
     url = make_url(site.db.url)
     with fault_proxy(str(url.host), url.port or 0) as proxy:
-        job_id = site.submit_small()
         through = site.db.url.replace(f":{url.port}/", f":{proxy.port}/")
-        cut_off = site.start_worker(FAILPOINT="step_15:hang", LORRY_DATABASE_URL=through)
-        site.wait_until(lambda: site.checkpoint_steps(job_id) == [10])
-        site.wait_for_step(15, job_id)
+        job_id, cut_off = site.train_to_step_15(LORRY_DATABASE_URL=through)
         trainer = site.trainer_of(cut_off)
         proxy.part()
         gone_after = site.seconds_until(lambda: is_gone(trainer))
@@ -172,8 +194,8 @@ def cut_worker_off(site: FaultSite) -> str:
 
         assert [event.seq for event in site.events(job_id)] == before, "it wrote after it had lost its claim"
         cut_off.terminate()
-        assert cut_off.wait(PATIENCE_SECONDS) == 0, site.log()
-    assert site.reasons(job_id) == [EndReason.INFRA_LOST, EndReason.COMPLETED], site.attempts_text(job_id)
+        site.assert_exits(cut_off)
+    site.assert_attempts(job_id, EndReason.INFRA_LOST, EndReason.COMPLETED)
     return f"trainer gone before its lease expired; {site.attempts_text(job_id)}; nothing written after the outage"
 
 
@@ -194,12 +216,16 @@ def _accepts(site: FaultSite, response: httpx.Response) -> None:
         site.wait_for_end(response.json()["id"])
 
 
+@fault(
+    "redis-stopped",
+    "Redis stopped during a training until an idle worker has finished a new job",
+    promise="submits succeed; running jobs unaffected; idle workers poll; the queue drains afterwards",
+    environment={"LORRY_LEASE_SECONDS": "12"},
+    has_redis=True,
+)
 def stop_redis(site: FaultSite) -> str:
-    """Stop Redis during a training, until a job has finished that was submitted while the worker was idle.
-
-    After the first half minute, all minutes of an outage are alike: API server, Celery and idle workers retry at least
-    every 30 s, and nothing accumulates.
-    """
+    """After the first half minute, all minutes of an outage are alike: API server, Celery and idle workers retry at
+    least every 30 s, and nothing accumulates."""
     assert site.under.redis is not None
     file_id = site.upload(NUM_ROWS)
     site.start_api()
@@ -221,12 +247,18 @@ def stop_redis(site: FaultSite) -> str:
     later = site.post_job(file_id, idempotency_key="after", **SMALL).json()["id"]
     site.wait_for_success(later)
 
-    assert [site.reasons(job_id) for job_id in (first, meanwhile, later)] == [ONCE] * 3
+    for job_id in (first, meanwhile, later):
+        site.assert_attempts(job_id, EndReason.COMPLETED)
     return f"submit 200 meanwhile; an idle worker finished the new job {seconds:.0f} s after Redis stopped"
 
 
+@fault(
+    "redis-flooded",
+    "one message a hundred times, one with forged content, and one for an unknown task",
+    promise="one attempt; the other messages are ignored",
+    has_redis=True,
+)
 def flood_redis(site: FaultSite) -> str:
-    """Send one message a hundred times, one with forged content, and one for an unknown task."""
     job_id = site.submit_small()
     program = """
 from worker.entrypoints.celery_app import app
@@ -235,12 +267,12 @@ for _ in range(100):
 app.send_task("lorry.work", args=["ftjob-forged", {"claim_id": "mine"}])
 app.send_task("os.system", args=["true"])
 """
-    assert site.start([sys.executable, "-c", program]).wait(120) == 0, site.log()
+    site.assert_exits(site.start([sys.executable, "-c", program]))
     _start_celery(site)
     site.wait_for_success(job_id)
     with redis.Redis.from_url(site.under.redis_url) as client:
         site.wait_until(lambda: client.llen("lorry:lorry") == 0)
-    assert site.reasons(job_id) == ONCE, site.attempts_text(job_id)
+    site.assert_attempts(job_id, EndReason.COMPLETED)
     return "one attempt; the others were ignored"
 
 
@@ -248,12 +280,16 @@ def _start_celery(site: FaultSite, **environment: str) -> subprocess.Popen[bytes
     return site.start(WORKER, LORRY_DEVICE="cpu", **environment)
 
 
+@fault(
+    "clocks-shifted",
+    "a worker's clock is an hour ahead, the API server's an hour behind",
+    promise="leases unchanged: each worker keeps its job, and a killed one loses it after its lease",
+    databases=DATABASES,
+    environment={"LORRY_LEASE_SECONDS": "20"},  # else a busy machine could lose a lease, which looks like an effect
+)
 def shift_clocks(site: FaultSite) -> str:
-    """A worker's clock is an hour ahead, the API server's an hour behind. Only the database's clock must matter.
-
-    Next to a worker with the right clock, both keep their jobs for two leases. Killed, the worker loses its job after
-    exactly one lease.
-    """
+    """Only the database's clock must matter. Next to a worker with the right clock, both keep their jobs for two
+    leases. Killed, the worker loses its job after exactly one lease."""
     api = site.start_api(PYTHONPATH=_shifted(site, "behind", -HOUR))
     theirs = site.submit_small()
     off = _worker(site, gate="off", PYTHONPATH=_shifted(site, "ahead", HOUR))
@@ -278,8 +314,8 @@ def shift_clocks(site: FaultSite) -> str:
     site.gate("right").touch()
     site.finish(theirs, ours)
 
-    assert site.reasons(theirs) == [EndReason.INFRA_LOST, *ONCE], site.attempts_text(theirs)
-    assert site.reasons(ours) == ONCE, site.attempts_text(ours)
+    site.assert_attempts(theirs, EndReason.INFRA_LOST, EndReason.COMPLETED)
+    site.assert_attempts(ours, EndReason.COMPLETED)
     times = [event.created_at for job_id in (theirs, ours) for event in site.events(job_id)]
     times += [attempt.started_at for job_id in (theirs, ours) for attempt in site.attempts(job_id)]
     assert max(times) - min(times) < HOUR / 2, f"recorded times differ by {max(times) - min(times):.0f} s"

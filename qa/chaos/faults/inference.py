@@ -1,8 +1,5 @@
 """Faults while a trainer answers inference requests: a killed worker, trainer or API server, and a client that does not
-read.
-
-In most rows a job trains at the same time.
-"""
+read."""
 
 from __future__ import annotations
 
@@ -16,6 +13,7 @@ import httpx
 
 from catalog.inference.engines import INTERRUPTED
 from catalog.states import JobState
+from qa.chaos.environment import fault
 from qa.chaos.service import PATIENCE_SECONDS, FaultSite
 from tests.worker_site import BASE
 
@@ -29,6 +27,7 @@ QUESTION: dict[str, Any] = {
 }
 LARGE = {"n": 16, "logprobs": True, "top_logprobs": 20, "max_tokens": 200}
 """An answer of many megabytes, more than sockets buffer."""
+INTERRUPTS = "the client gets an error that it may retry; the next request gets the whole answer; the job succeeds"
 NUM_BEFORE_FAULT = 3
 """Chunks that the client has read when the fault is injected."""
 
@@ -74,8 +73,19 @@ def _begin(site: FaultSite) -> tuple[subprocess.Popen[bytes], subprocess.Popen[b
     return api, worker
 
 
+@fault(
+    "inference-worker-killed",
+    "kill -9 of the worker during an answer, while a job trains",
+    promise=INTERRUPTS,
+    given={"of_trainer": False},
+)
+@fault(
+    "inference-trainer-killed",
+    "kill -9 of the trainer during an answer, while a job trains",
+    promise=INTERRUPTS,
+    given={"of_trainer": True},
+)
 def kill_in_answer(site: FaultSite, *, of_trainer: bool) -> str:
-    """kill -9 of the worker or its trainer during an answer. The client gets an error, and the same answer later."""
     _, worker = _begin(site)
     site.wait_for_success(site.submit_small())
     whole = _answer(site)  # in the precision of the job, which has loaded the base model
@@ -96,13 +106,20 @@ def kill_in_answer(site: FaultSite, *, of_trainer: bool) -> str:
             code = error.args[0]
 
     assert code == INTERRUPTED, f"the incomplete answer ended with {code}"
+    site.wait_until(lambda: len(site.attempts(job_id)) > 1)
+    before = site.job(job_id).progress
+    site.wait_until(lambda: site.job(job_id).progress != before)  # it has loaded the base model in its precision again
     assert _answer(site) == whole, "the answer changed"
     site.wait_for_success(job_id, is_small=False)
     return f"{code}; the next request is answered; the job: {site.attempts_text(job_id)}"
 
 
+@fault(
+    "inference-api-killed",
+    "kill -9 of the API server during an answer",
+    promise="the client gets an error; the next API server answers",
+)
 def kill_api_in_answer(site: FaultSite) -> str:
-    """kill -9 of the API server during an answer."""
     api, _ = _begin(site)
     whole = _answer(site)
     lost = ""
@@ -123,8 +140,12 @@ def kill_api_in_answer(site: FaultSite) -> str:
     return f"{lost}; the next API server answers"
 
 
+@fault(
+    "inference-client-never-reads",
+    "a client opens a stream of many megabytes, and reads nothing",
+    promise="other clients get their answers",
+)
 def never_read(site: FaultSite) -> str:
-    """A client opens a stream of many megabytes, and reads nothing."""
     _begin(site)
     whole = _answer(site)
     with _streaming(site, **LARGE):

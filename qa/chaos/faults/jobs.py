@@ -11,6 +11,7 @@ from catalog.jobs import commands
 from catalog.lifecycle import queue_position
 from catalog.states import EndReason, JobState
 from catalog.tables.fleet import Worker
+from qa.chaos.environment import DATABASES, fault
 from qa.chaos.service import FaultSite
 from tests.worker_site import wait_until
 
@@ -25,6 +26,7 @@ TO_NAN: dict[str, Any] = {
 """Three consecutive matrices with no norm between them: their output is infinite."""
 
 
+@fault("job-poison", "a job that crashes its trainer each time", promise="quarantined with evidence; others continue")
 def poison(site: FaultSite) -> str:
     """The trainer dies at the job's seventh step, each time. Other jobs of five steps train with it and after it."""
     poison = site.submit_small()
@@ -37,11 +39,17 @@ def poison(site: FaultSite) -> str:
 
     job = site.job(poison)
     assert (job.state, (job.error or {}).get("code")) == (JobState.FAILED, "quarantined"), job.error
-    assert site.reasons(poison) == [EndReason.TRAINER_CRASHED] * 3, site.attempts_text(poison)
+    site.assert_attempts(poison, *[EndReason.TRAINER_CRASHED] * 3)
     assert len((job.error or {})["evidence"]) == 3
     return "quarantined after 3 attempts, with evidence; 3 others succeeded"
 
 
+@fault(
+    "node-bad",
+    "a node whose trainers all die",
+    promise="cordoned, without a quarantined job; the jobs succeed elsewhere",
+    environment={"LORRY_MAX_JOBS_PER_TRAINER": "1"},
+)
 def break_node(site: FaultSite) -> str:
     """Every trainer of a worker dies while it loads. The worker takes one job at a time, and three wait. An operator
     replaces it with a working one."""
@@ -55,7 +63,7 @@ def break_node(site: FaultSite) -> str:
     assert [site.job(job_id).state for job_id in waiting] == [JobState.QUEUED] * 3, ends
 
     bad.terminate()
-    assert bad.wait(site.patience_seconds) == 0
+    site.assert_exits(bad)
     cordons.uncordon(site.db, cordoned.id)
     site.finish(*waiting)
     return f"cordoned after {sum(map(len, ends))} failures of 3 jobs; then elsewhere: {site.attempts_text(waiting[0])}"
@@ -65,9 +73,12 @@ def _cordoned(site: FaultSite) -> list[Worker]:
     return [worker for worker in workers.list_workers(site.db) if worker.cordon is not None]
 
 
+@fault(
+    "job-diverged",
+    "a job that ruins its own weights, to a loss of NaN or infinity",
+    promise="the right reason; packmates unaffected",
+)
 def diverge(site: FaultSite) -> str:
-    """The highest allowed learning rate and scale ruin a job's weights. That job fails, and its packmate's bytes are
-    those of a job without packmates."""
     good = site.submit_small()
     bad = site.submit_small(**TO_NAN)
     site.start_worker(FAILPOINT=f"step_15:wait={site.gate('go')}")
@@ -78,24 +89,23 @@ def diverge(site: FaultSite) -> str:
     site.wait_for_success(good)
     site.wait_for_end(bad)
 
-    assert (site.job(bad).state, site.reasons(bad)) == (JobState.FAILED, [EndReason.DIVERGED]), site.attempts_text(bad)
+    assert site.job(bad).state == JobState.FAILED, site.attempts_text(bad)
+    site.assert_attempts(bad, EndReason.DIVERGED)
     assert "is not finite" in site.attempts(bad)[0].detail, site.attempts(bad)[0].detail
     assert site.attempts(bad)[0].trainer_id == site.attempts(good)[0].trainer_id, "they did not train together"
     return f"“{site.attempts(bad)[0].detail}” Its packmate's bytes are those of a job without packmates"
 
 
+@fault("cancel-training", "cancel during training", promise="device free within 30 s")
 def cancel_in_training(site: FaultSite) -> str:
-    """Cancel a job in a step. The device is free once the trainer, which has no other job, has exited."""
-    job_id = site.submit_small()
-    worker = site.start_worker(FAILPOINT=f"step_15:wait={site.gate('go')}")
-    site.wait_for_step(15, job_id)
-    site.trainer_of(worker)
+    """The device is free once the trainer, which has no other job, has exited."""
+    job_id, worker = site.train_to_step_15()
     asked_at = time.monotonic()
     site.cancel(job_id)
 
     def is_free() -> bool:
         is_ended = site.job(job_id).state == JobState.CANCELLED
-        if not is_ended and site.is_requested("cancel"):
+        if not is_ended and site.has_unread_message("cancel"):
             site.gate("go").touch()
         return is_ended and not site.trainers_of(worker)
 
@@ -109,8 +119,8 @@ def cancel_in_training(site: FaultSite) -> str:
     return f"cancelled, and the device free, {seconds:.1f} s after the request; the next job succeeded"
 
 
+@fault("cancel-waiting", "cancel in validating_files, queued and paused", promise="at once; nothing trains")
 def cancel_waiting(site: FaultSite) -> str:
-    """Cancel jobs that don't train: before and after the preparation of their files, and paused."""
     new, queued, paused = (site.submit_small() for _ in range(3))
     site.cancel(new)
     assert site.job(new).state == JobState.CANCELLED
@@ -129,8 +139,14 @@ def cancel_waiting(site: FaultSite) -> str:
     return "validating_files, queued and paused: cancelled at once, never claimed"
 
 
+@fault(
+    "cancel-racing",
+    "cancel when the adapter is stored and the completing transaction is about to begin",
+    promise="one winner: the completion",
+    databases=DATABASES,
+)
 def cancel_in_completion(site: FaultSite) -> str:
-    """Cancel a job when its adapter is stored: the completion wins, and a finished job can't be cancelled."""
+    """A finished job can't be cancelled."""
     job_id = site.submit_small()
     site.start_worker(FAILPOINT=f"before_complete:wait={site.gate('go')}")
     site.wait_for_step(30, job_id)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import shutil
-import signal
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -19,34 +18,39 @@ from catalog.states import EndReason, JobState
 from catalog.storage.object_storage import CHUNK_BYTES
 from catalog.tables.history import Checkpoint
 from catalog.tables.storage import Artifact
+from qa.chaos.environment import DATABASES, fault
 from qa.chaos.service import NUM_ROWS, PATIENCE_SECONDS, SMALL, FaultSite
 from tests.services.fault_proxy import FaultProxy, RequestLine, Verdict, http_answer
 from tests.tiny_base import write_chat
-from tests.worker_site import is_gone_in_time
 
-LOST_ONCE = [EndReason.INFRA_LOST, EndReason.COMPLETED]
 BROKEN = http_answer("500 Internal Server Error", "<Error><Code>InternalError</Code></Error>")
 EXPIRED = http_answer("403 Forbidden", "<Error><Code>ExpiredToken</Code></Error>")
 SLOW_BYTES_PER_SECOND = 30_000
 """A checkpoint takes longer than a lease."""
+NOTHING_PARTIAL = "no partial artifact visible; retry idempotent"
 PART = "partNumber="
 """Occurs only in the URLs of the parts of a multipart upload."""
 ALL = 1000
 NUM_LARGE_ROWS = 60_000
 """Number of rows of a file that is larger than one part."""
+REPORTED = "reported by name; the last good checkpoint is kept"
 BLOCK_BYTES = 4096
 MAX_ACCEPTED = 500
 """Limit for submissions that still fit into SQLite's log on a full disk."""
 
 
+@fault(
+    "checkpoint-damaged",
+    "the newest checkpoint has one bit flipped",
+    promise="detected; the older one is used",
+)
 def flip_bit_of_checkpoint(site: FaultSite) -> str:
-    """Damage the newest checkpoint of a job whose worker was killed."""
     job_id = site.submit_small()
-    first = site.start_worker(FAILPOINT="step_25:hang")
+    worker = site.start_worker(FAILPOINT="step_25:hang")
     site.wait_until(lambda: site.checkpoint_steps(job_id) == [10, 20])
-    trainer = site.trainer_of(first)
-    first.kill()
-    assert is_gone_in_time(trainer)
+    worker.kill()
+    worker.wait()
+    site.seconds_until_alone()
     path = _blobs_of(site, job_id, step=20)["row.safetensors"]
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
@@ -54,15 +58,18 @@ def flip_bit_of_checkpoint(site: FaultSite) -> str:
 
     site.finish(job_id)
 
-    assert site.reasons(job_id) == LOST_ONCE, site.attempts_text(job_id)
-    assert site.attempts(job_id)[1].resumed_from_step == 10, site.attempts_text(job_id)
+    site.assert_attempts(job_id, EndReason.INFRA_LOST, EndReason.COMPLETED, resumed_from=10)
     warned = [event.message for event in site.events(job_id) if "can't be used" in event.message]
     assert len(warned) == 1, warned
     return f"reported, and resumed from step 10: {site.attempts_text(job_id)}"
 
 
+@fault(
+    "checkpoint-anothers",
+    "the row of the newest checkpoint names the intact files of another job",
+    promise="detected; the older one is used, and both jobs have their own bytes",
+)
 def swap_checkpoint(site: FaultSite) -> str:
-    """Make the row of a lost job's newest checkpoint name another job's files, which match their digests."""
     job_id = site.submit_small()
     first = site.start_worker(FAILPOINT=f"step_5:wait={site.gate('second')},step_25:hang")
     site.wait_for_step(5, job_id)
@@ -101,26 +108,8 @@ def _blobs_of(site: FaultSite, job_id: str, *, step: int) -> dict[str, Path]:
     return {file["path"]: folder / file["digest"][:2] / file["digest"] for file in files}
 
 
-def break_store(
-    site: FaultSite, *, fault: Callable[[FaultProxy], None], also: Callable[[FaultSite, FaultProxy], str]
-) -> str:
-    """Inject a fault between the worker and its store, from the first checkpoint on."""
-    assert site.under.store is not None
-    job_id = site.submit_small()
-    site.start_worker(FAILPOINT=f"uploading:wait={site.gate('store')}")
-    site.wait_for_file("jobs/*/checkpoints/step-10-adapter/adapter_model.safetensors")
-    fault(site.under.store)
-    site.gate("store").touch()
-
-    told = also(site, site.under.store)
-
-    site.wait_for_success(job_id)
-    assert site.reasons(job_id) == [EndReason.COMPLETED], site.attempts_text(job_id)
-    return f"{told}; {site.attempts_text(job_id)}"
-
-
 class Some:
-    """A judge that gives its verdict on the first few writes, or the first few writes of parts. All others pass."""
+    """A judge of a proxy that gives its verdict on the first few writes, or writes of parts. All others pass."""
 
     def __init__(self, verdict: Verdict, number: int, *, of: str = "") -> None:
         """of: a text in the URL of each affected write."""
@@ -135,60 +124,72 @@ class Some:
         return self._verdict
 
 
-def lose_answers(proxy: FaultProxy) -> None:
-    proxy.judge = Some("lose the answer", 5)
+def _store_first_checkpoint(site: FaultSite) -> tuple[str, FaultProxy]:
+    """Train a job up to its first checkpoint, which the worker stores when the gate `store` opens. Returns its id and
+    the proxy in front of the store."""
+    assert site.under.store is not None
+    job_id = site.submit_small()
+    site.start_worker(FAILPOINT=f"uploading:wait={site.gate('store')}")
+    site.wait_for_file("jobs/*/checkpoints/step-10-adapter/adapter_model.safetensors")
+    return job_id, site.under.store
 
 
-class Nobody:
-    """A judge that denies all requests."""
+def _finish_stored(site: FaultSite, job_id: str) -> str:
+    site.wait_for_success(job_id)
+    site.assert_attempts(job_id, EndReason.COMPLETED)
+    return site.attempts_text(job_id)
 
-    def __init__(self) -> None:
-        self.num_refused = 0
 
-    def __call__(self, _: RequestLine) -> Verdict:
-        self.num_refused += 1
+@fault(
+    "store-answer-lost",
+    "S3: the response to a successful write is lost, five times",
+    promise=NOTHING_PARTIAL,
+    has_s3=True,
+)
+def lose_answers_of_store(site: FaultSite) -> str:
+    job_id, proxy = _store_first_checkpoint(site)
+    judge = proxy.judge = Some("lose the answer", 5)
+    site.gate("store").touch()
+    site.wait_until(lambda: judge.num_left == 0)
+    return f"5 writes, retried; {_finish_stored(site, job_id)}"
+
+
+@fault("store-slow", "S3: a checkpoint takes longer than a lease", promise=NOTHING_PARTIAL, has_s3=True)
+def slow_store_down(site: FaultSite) -> str:
+    job_id, proxy = _store_first_checkpoint(site)
+    proxy.bytes_per_second = SLOW_BYTES_PER_SECOND
+    site.gate("store").touch()
+    seconds = site.seconds_until(lambda: site.checkpoint_steps(job_id))
+    assert seconds > site.settings.lease_seconds, f"a checkpoint took {seconds:.0f} s: that is not slow"
+    took = f"at {SLOW_BYTES_PER_SECOND // 1000} kB/s the first checkpoint took {seconds:.0f} s"
+    return f"{took}; {_finish_stored(site, job_id)}"
+
+
+@fault("store-expired", "S3: credentials expire for two leases", promise=NOTHING_PARTIAL, has_s3=True)
+def expire_credentials_of_store(site: FaultSite) -> str:
+    job_id, proxy = _store_first_checkpoint(site)
+    refused: list[RequestLine] = []
+
+    def refuse(request: RequestLine) -> Verdict:
+        refused.append(request)
         return EXPIRED
 
-
-def expire_credentials(proxy: FaultProxy) -> None:
-    proxy.judge = Nobody()
-
-
-def slow_down(proxy: FaultProxy) -> None:
-    proxy.bytes_per_second = SLOW_BYTES_PER_SECOND
-
-
-def until_all_failed(site: FaultSite, proxy: FaultProxy) -> str:
-    judge = proxy.judge
-    assert isinstance(judge, Some)
-    site.wait_until(lambda: judge.num_left == 0)
-    return "5 writes, retried"
-
-
-def for_two_leases(site: FaultSite, proxy: FaultProxy) -> str:
-    judge = proxy.judge
-    assert isinstance(judge, Nobody)
-    site.wait_until(lambda: judge.num_refused)
+    proxy.judge = refuse
+    site.gate("store").touch()
+    site.wait_until(lambda: refused)
     site.wait_seconds(2 * site.settings.lease_seconds)
-    assert _num_checkpoints(site) == 0, "a checkpoint is visible that was not stored"
+    assert site.checkpoint_steps(job_id) == [], "a checkpoint is visible that was not stored"
     proxy.heal()
-    return f"{judge.num_refused} requests refused, nothing visible for two leases"
+    return f"{len(refused)} requests refused, nothing visible for two leases; {_finish_stored(site, job_id)}"
 
 
-def _num_checkpoints(site: FaultSite) -> int:
-    with site.db.read() as session:
-        return session.query(Checkpoint).count()
-
-
-def until_one_is_stored(site: FaultSite, _proxy: FaultProxy) -> str:
-    seconds = site.seconds_until(lambda: _num_checkpoints(site))
-    assert seconds > site.settings.lease_seconds, f"a checkpoint took {seconds:.0f} s: that is not slow"
-    return f"at {SLOW_BYTES_PER_SECOND // 1000} kB/s the first checkpoint took {seconds:.0f} s"
-
-
+@fault(
+    "store-500-in-parts",
+    "S3: 500 for parts of a multipart upload, until the API server gives up, and then three times",
+    promise="no partial file visible; retry idempotent",
+    has_s3=True,
+)
 def fail_parts_of_upload(site: FaultSite) -> str:
-    """Upload a file of several parts three times: the store fails until the API server gives up, then a few times, then
-    never."""
     assert site.under.store is not None
     path = write_chat(site.folder / "large.jsonl", NUM_LARGE_ROWS)
     digest = sha256(path.read_bytes()).hexdigest()
@@ -236,17 +237,15 @@ def _full(disk: Path) -> Generator[None]:
         ballast.unlink()
 
 
-def _at_step_15(site: FaultSite) -> str:
-    job_id = site.submit_small()
-    site.start_worker(FAILPOINT=f"step_15:wait={site.gate('go')}")
-    site.wait_until(lambda: site.checkpoint_steps(job_id) == [10])
-    site.wait_for_step(15, job_id)
-    return job_id
-
-
+@fault(
+    "disk-full-trainers",
+    "disk full for trainers' checkpoints, adapters, events and logs",
+    promise=REPORTED,
+    small_disk="data/work",
+    environment={"LORRY_LEASE_SECONDS": "30"},
+)
 def fill_disk_of_trainers(site: FaultSite) -> str:
-    """Fill the disk of the trainers' checkpoints, adapters, events and logs."""
-    job_id = _at_step_15(site)
+    job_id, _ = site.train_to_step_15()
     with _full(site.settings.work_dir()):
         site.gate("go").touch()
         site.wait_until(lambda: _warnings(site, job_id))
@@ -259,9 +258,16 @@ def fill_disk_of_trainers(site: FaultSite) -> str:
     return f"“{_warnings(site, job_id)[0]}” {site.attempts_text(job_id)}"
 
 
+@fault(
+    "disk-full-store",
+    "disk full for the store",
+    promise=REPORTED,
+    small_disk="data/store",
+    environment={"LORRY_LEASE_SECONDS": "30"},
+)
 def fill_disk_of_store(site: FaultSite) -> str:
-    """Fill the disk of the store. A checkpoint is lost, but an adapter waits for free space."""
-    job_id = _at_step_15(site)
+    """A checkpoint is lost, but an adapter waits for free space."""
+    job_id, _ = site.train_to_step_15()
     with _full(site.settings.data_dir / "store"):
         site.gate("go").touch()
         site.wait_until(lambda: _warnings(site, job_id))
@@ -270,17 +276,22 @@ def fill_disk_of_store(site: FaultSite) -> str:
         assert site.job(job_id).state == JobState.RUNNING
         assert site.checkpoint_steps(job_id) == [10]
 
-    site.wait_for_success(job_id)
-
-    assert site.reasons(job_id) == [EndReason.COMPLETED], site.attempts_text(job_id)
-    return f"“{_warnings(site, job_id)[0]}” The adapter waited for free space; {site.attempts_text(job_id)}"
+    told = _finish_stored(site, job_id)
+    return f"“{_warnings(site, job_id)[0]}” The adapter waited for free space; {told}"
 
 
+@fault(
+    "disk-full-database",
+    "disk full for SQLite",
+    promise="reported by name; nothing is lost",
+    small_disk="database",
+    environment={"LORRY_LEASE_SECONDS": "30"},
+)
 def fill_disk_of_database(site: FaultSite) -> str:
-    """Fill the disk of SQLite. Its log may have space for a few more submissions."""
+    """SQLite's log may have space for a few more submissions."""
     file_id = site.upload(NUM_ROWS)
     site.start_api()
-    job_id = _at_step_15(site)
+    job_id, _ = site.train_to_step_15()
     with _full(site.folder / "database"):
         site.gate("go").touch()
         number, answer = 0, _submit(site, file_id, 0)
@@ -294,13 +305,12 @@ def fill_disk_of_database(site: FaultSite) -> str:
     later = [accepted for ids in site.submissions.values() for accepted in ids]
     site.cancel(*later)
 
-    site.wait_for_success(job_id)
+    ends = _finish_stored(site, job_id)
     site.wait_for_end(*later)
 
-    assert site.reasons(job_id) == [EndReason.COMPLETED], site.attempts_text(job_id)
     refusal = f"507 {answer.json()['error']['code']}"
     told = f"{number} submissions fitted, then {refusal}; accepted once there was free space again"
-    return f"{told}. The running job: {site.attempts_text(job_id)}"
+    return f"{told}. The running job: {ends}"
 
 
 def _submit(site: FaultSite, file_id: str, number: int) -> httpx.Response:
@@ -311,38 +321,33 @@ def _warnings(site: FaultSite, job_id: str) -> list[str]:
     return [event.message for event in site.events(job_id) if event.level == "warn"]
 
 
+@fault(
+    "lost-and-restored",
+    "database, store and all nodes are lost; a backup taken while the job trained is restored",
+    promise="the job continues from the backup's checkpoint",
+    databases=DATABASES,
+)
 def lose_all_and_restore(site: FaultSite) -> str:
-    """Lose everything after a backup. The job continues from the checkpoint in the backup."""
-    job_id, place = _train_past_a_backup(site)
+    """The backup has the checkpoint of step 10. That of step 20 is made after it."""
+    place = str(site.folder / "backups")
+    job_id, worker = site.train_to_step_15()
+    _command(site, "backup", place)
+    site.gate("go").touch()
+    site.wait_until(lambda: site.checkpoint_steps(job_id)[-1:] == [20])
+    worker.kill()
+    worker.wait()
 
     _lose_all(site)
     _command(site, "restore", place)
     site.finish(job_id)
 
-    (first, second) = site.attempts(job_id)
-    assert [first.reason, second.reason] == [EndReason.INFRA_LOST, EndReason.COMPLETED], site.attempts_text(job_id)
-    assert second.resumed_from_step == 10, "the checkpoint of step 20 was made after the backup"
+    site.assert_attempts(job_id, EndReason.INFRA_LOST, EndReason.COMPLETED, resumed_from=10)
     _command(site, "verify")
     return site.attempts_text(job_id)
 
 
-def _train_past_a_backup(site: FaultSite) -> tuple[str, str]:
-    """Train a job with a checkpoint at step 10 in the backup, and one at step 20 after it. Its worker is killed."""
-    place = str(site.folder / "backups")
-    job_id = site.submit_small()
-    worker = site.start_worker(FAILPOINT=f"step_15:wait={site.gate('go')}")
-    site.wait_until(lambda: site.checkpoint_steps(job_id) == [10])
-    _command(site, "backup", place)
-    site.gate("go").touch()
-    site.wait_until(lambda: site.checkpoint_steps(job_id)[-1:] == [20])
-    worker.send_signal(signal.SIGKILL)
-    worker.wait()
-    return job_id, place
-
-
 def _command(site: FaultSite, *arguments: str) -> None:
-    command = site.start([sys.executable, "-m", "api", *arguments])
-    assert command.wait(site.patience_seconds) == 0, site.log()
+    site.assert_exits(site.start([sys.executable, "-m", "api", *arguments]))
 
 
 def _lose_all(site: FaultSite) -> None:

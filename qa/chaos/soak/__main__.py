@@ -14,12 +14,13 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
+from benchmarks import results
 from qa.chaos.environment import Fault, Ground
 from qa.chaos.soak import job_kinds, report
 from qa.chaos.soak.run import Plan, Soak
-from tests.worker_site import ROOT
 
 ENVIRONMENT = {
     "LORRY_LEASE_SECONDS": "15",
@@ -27,75 +28,58 @@ ENVIRONMENT = {
     "LORRY_MAX_JOBS_PER_TRAINER": "8",
     "LORRY_IDLE_SECONDS": "30",
 }
+UNDISTURBED = Fault(name="alone", what="none", promise="", act=lambda _: "")
+RANDOM = Fault(
+    name="soak", what="chance", promise="", act=lambda _: "", environment=ENVIRONMENT, has_redis=True, has_s3=True
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    seed = secrets.randbelow(10**6) if options.seed is None else options.seed
-    plan = Plan(
-        seed=seed,
-        minutes=options.minutes,
-        calm_minutes=options.calm_minutes,
-        isolation_minutes=options.isolation_minutes,
-        patience_minutes=options.patience_minutes,
-        num_jobs=options.jobs,
-        num_workers=options.workers,
-    )
-    sys.stdout.write(f"seed {seed}: {plan.num_jobs} jobs, {plan.num_workers} workers, {plan.minutes:g} minutes\n")
-    sys.stdout.flush()
+    plan = Plan(**{field.name: getattr(options, field.name) for field in fields(Plan)})
+    print(f"seed {plan.seed}: {plan.jobs} jobs, {plan.workers} workers, {plan.minutes:g} minutes", flush=True)
     load_before = os.getloadavg()[0]
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # the S3 server logs each request
     works = job_kinds.works(options.seeds)
     with tempfile.TemporaryDirectory(prefix="lorry-soak-") as folder, Ground(Path(folder)) as ground:
-        with ground.site(_chance("alone", has_servers=False), "sqlite", has_weights=False) as site:
-            undisturbed = job_kinds.train_alone(site, works)
-        with ground.site(_chance("soak", has_servers=True), "postgresql", has_weights=False) as site:
+        with ground.site(UNDISTURBED, "sqlite", has_weights=False) as site:
+            digests = job_kinds.train_alone(site, works)
+        with ground.site(RANDOM, "postgresql", has_weights=False) as site:
             try:
-                seen = Soak(site, plan, undisturbed, works).run()
+                soak = Soak(site, plan, digests, works)
+                soak.run()
             finally:
                 if options.logs is not None:
-                    _keep_logs(site.folder, options.logs)
-    result = report.result_of(plan, seen, undisturbed)
-    report.show(plan, seen, result)
+                    options.logs.mkdir(parents=True, exist_ok=True)
+                    for path in [*site.folder.glob("process-*.log"), *site.folder.glob("*.jsonl")]:
+                        shutil.copy(path, options.logs)
+            result = report.result_of(soak)
+    report.show(soak, result)
     if options.out is not None:
-        path = report.write(result, options.out, note=options.note, load_before=load_before)
-        sys.stdout.write(f"{path}\n")
-    return 1 if seen.problems or seen.findings else 0
-
-
-def _chance(name: str, *, has_servers: bool) -> Fault:
-    environment = ENVIRONMENT if has_servers else {}
-    given = {"has_redis": has_servers, "has_s3": has_servers, "environment": environment}
-    return Fault(name=name, what="chance", promise="", act=lambda _: "", **given)
-
-
-def _keep_logs(folder: Path, to: Path) -> None:
-    to.mkdir(parents=True, exist_ok=True)
-    for path in [*folder.glob("process-*.log"), *folder.glob("samples.jsonl")]:
-        shutil.copy(path, to)
+        print(results.write(result, options.out, note=options.note, load_before=load_before, module="qa.chaos.soak"))
+    return 1 if soak.problems or soak.findings else 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m qa.chaos.soak", description=__doc__)
-    parser.add_argument("--seed", type=int, help="Seed of the faults. Default: a random one, which is printed.")
-    parser.add_argument("--minutes", type=float, default=20.0, help="Minutes with faults. Default: 20.")
-    parser.add_argument("--calm-minutes", type=float, default=4.0, help="Minutes before the faults. Default: 4.")
     parser.add_argument(
-        "--isolation-minutes",
-        type=float,
-        default=4.0,
-        help="Minutes alone, and again as many next to a noisy neighbor, before the faults. Default: 4; 0: neither.",
+        "--seed", type=int, default=secrets.randbelow(10**6), help="Seed of the faults. Default: random."
     )
-    parser.add_argument(
-        "--patience-minutes",
-        type=float,
-        default=20.0,
-        help="Minutes after the faults until all jobs must have finished. Default: 20.",
-    )
-    parser.add_argument("--jobs", type=int, default=300, help="Jobs to submit during the faults. Default: 300.")
-    parser.add_argument("--workers", type=int, default=4, help="Concurrent workers. Default: 4.")
-    parser.add_argument("--seeds", type=int, default=5, help="Seeds of each kind of job. Default: 5.")
-    parser.add_argument("--out", type=Path, help=f"Folder for the results file: {ROOT.name}/benchmarks/results.")
+    for name, default, text in (
+        ("minutes", 20.0, "Minutes with faults."),
+        ("calm-minutes", 4.0, "Minutes before the faults."),
+        (
+            "isolation-minutes",
+            4.0,
+            "Minutes alone, and as many next to a noisy neighbor, before the faults. 0: neither.",
+        ),
+        ("patience-minutes", 20.0, "Minutes after the faults until all jobs must have finished."),
+        ("jobs", 300, "Jobs to submit during the faults."),
+        ("workers", 4, "Concurrent workers."),
+        ("seeds", 5, "Seeds of each kind of job."),
+    ):
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} Default: {default}.")
+    parser.add_argument("--out", type=Path, help="Folder for the results file: benchmarks/results.")
     parser.add_argument("--note", help="Note for the results file, such as other load on the machine.")
     parser.add_argument("--logs", type=Path, help="Folder to which the logs of all processes are copied.")
     return parser

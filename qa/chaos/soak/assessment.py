@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from statistics import quantiles
 from typing import Any, get_args
 
 from catalog.states import ENDINGS, MAX_COUNTED_ATTEMPTS, EndReason
-from qa.chaos.audit.tables import Record
-from qa.chaos.soak.process_keeper import Away, Window
+from qa.chaos.audit.tables import Tables
+from qa.chaos.soak.storm import Away, Window
 from qa.chaos.soak.tenants import Sample
 from worker.process.exit_status import WAS_KILLED
 
@@ -18,9 +19,14 @@ UNAVAILABLE = 503
 GRACE_SECONDS = 5.0
 """Grace time after an outage, in which connections are reopened."""
 MAX_RATIO = 2.0
-"""A guarantee: the limit for the median latency of each kind of request during faults, relative to the usual one."""
-MIN_SAMPLES = 20
-"""Minimum number of samples in each stretch, because the median of fewer samples is unreliable."""
+"""A guarantee: the limit for the latency of each kind of request relative to the usual one: for the median during
+faults, and for the p99 next to a noisy neighbor."""
+MIN_SAMPLES = {"median": 20, "p99": 100}
+"""Minimum number of samples in each stretch, because the figure is unreliable with fewer."""
+MAX_RENEWAL = 1 / 3
+"""Limit for the time between two heartbeats of a running worker, as a fraction of a lease."""
+MIN_SHARE = 0.9
+"""Minimum fraction of its fair share of device-seconds that a project must get while its jobs wait."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -38,34 +44,28 @@ class Ended:
     """Digests of its adapters' weights."""
 
 
-def ended(found: Record, *, project_id: str) -> dict[str, Ended]:
+def ended(tables: Tables, *, project_id: str) -> dict[str, Ended]:
     """Return the results of the project's jobs, by job id."""
-    artifacts = {row["digest"]: row for row in found.artifacts}
-    digests: dict[str, list[str]] = defaultdict(list)
-    for adapter in found.adapters:
-        files = artifacts[adapter["artifact"]]["files"]
-        digests[adapter["job_id"]] += [file["digest"] for file in files if file["path"] == WEIGHTS_FILE]
-    return {
-        job["id"]: Ended(
+    artifacts = {row["digest"]: row for row in tables["artifacts"]}
+    found: dict[str, Ended] = {}
+    for job in (job for job in tables["jobs"] if job["project_id"] == project_id):
+        own = {
+            name: [row for row in tables[name] if row["job_id"] == job["id"]]
+            for name in ("attempts", "checkpoints", "adapters")
+        }
+        files = (file for adapter in own["adapters"] for file in artifacts[adapter["artifact"]]["files"])
+        # the count of failures restarts with a checkpoint that is further than all earlier ones
+        furthest = max(own["checkpoints"], key=lambda row: row["step"], default={"created_at": 0.0})["created_at"]
+        ended_since = [row for row in own["attempts"] if (row["ended_at"] or 0.0) > furthest]
+        found[job["id"]] = Ended(
             job_id=job["id"],
             state=job["state"],
             error=job["error"],
-            reasons=[attempt["reason"] for attempt in found.attempts.get(job["id"], ())],
-            crashes=_crashes(found, job["id"]),
-            digests=digests[job["id"]],
+            reasons=[row["reason"] for row in own["attempts"]],
+            crashes=[row["detail"] for row in ended_since if ENDINGS[EndReason(row["reason"])].is_counted],
+            digests=[file["digest"] for file in files if file["path"] == WEIGHTS_FILE],
         )
-        for job in found.jobs
-        if job["project_id"] == project_id
-    }
-
-
-def _crashes(found: Record, job_id: str) -> list[str]:
-    """Return the details of the counted failures. The count restarts with a checkpoint that is further than all earlier
-    ones."""
-    own = [row for row in found.checkpoints if row["job_id"] == job_id]
-    furthest = max(own, key=lambda row: row["step"], default={"created_at": 0.0})["created_at"]
-    ended_since = [one for one in found.attempts.get(job_id, ()) if (one["ended_at"] or 0.0) > furthest]
-    return [one["detail"] for one in ended_since if ENDINGS[EndReason(one["reason"])].is_counted]
+    return found
 
 
 def is_put_aside_by_kills(job: Ended) -> bool:
@@ -100,28 +100,13 @@ def problems(
             found.append(f"{job_id}: it exists, but no response named it")
             continue
         if job.state != "succeeded" and not is_put_aside_by_kills(job):
-            found.append(
-                f"{key}: {job_id} is {job.state}, after {_told(job.reasons)}: {(job.error or {}).get('message')}"
-            )
+            ends = ", ".join(map(str, job.reasons)) or "no attempt"
+            found.append(f"{key}: {job_id} is {job.state}, after {ends}: {(job.error or {}).get('message')}")
         undisturbed = digests[submitted[key]]
         if any(digest != undisturbed for digest in job.digests):
             found.append(f"{key}: {job_id} has the bytes {', '.join(job.digests)}, undisturbed {undisturbed}")
     found += _told_bad(asked, windows, lambda sample: _is_bad(sample, windows) or 400 <= sample.status < 500)
     return [*found, *_told_bad(of_operator, windows, lambda sample: _is_bad(sample, windows))]
-
-
-def refusals(samples: Iterable[Sample]) -> Counter[str]:
-    """Return texts about the responses with other statuses than 200, and how often each occurred."""
-    found: Counter[str] = Counter()
-    for sample in samples:
-        if sample.status != 200:
-            advice = " with Retry-After" if sample.retry_after else ""
-            found[f"{sample.what}: {sample.status} {sample.told}{advice}"] += 1
-    return found
-
-
-def _told(reasons: Sequence[str | None]) -> str:
-    return ", ".join(str(reason) for reason in reasons) or "no attempt"
 
 
 def _told_bad(samples: Iterable[Sample], windows: Sequence[Window], is_bad: Callable[[Sample], bool]) -> Iterator[str]:
@@ -136,106 +121,129 @@ def _is_bad(sample: Sample, windows: Sequence[Window]) -> bool:
     """Return whether a response is a problem. 503 with Retry-After is right while the service or its database is
     unavailable. Any other status of 500 or more is a problem, and so is no response while the API server runs."""
     if sample.status == 0:
-        return not _is_in(sample, "api", windows)
+        return not _is_in(sample, windows, "api")
     if sample.status != UNAVAILABLE or not sample.retry_after:
         return sample.status >= 500
     late = replace(sample, at=sample.at - GRACE_SECONDS, seconds=sample.seconds + GRACE_SECONDS)
-    return not any(_is_in(late, what, windows) for what in get_args(Away))
+    return not _is_in(late, windows, *get_args(Away))
 
 
-def _is_in(sample: Sample, what: str, windows: Sequence[Window]) -> bool:
-    return any(window.what == what and window.overlaps(sample.at, sample.until) for window in windows)
+def _is_in(sample: Sample, windows: Sequence[Window], *whats: Away) -> bool:
+    return any(window.what in whats and window.overlaps(sample.at, sample.until) for window in windows)
+
+
+Span = tuple[float, float]
+"""Beginning and end of a stretch, in seconds since 1970."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Latency:
-    """Latencies of one kind of request in one stretch, in milliseconds. 0 if there was no request."""
+    """Latencies of one kind of request in one stretch, in milliseconds. 0 if there were fewer than two requests."""
 
     num: int
-    median: float
-    p95: float
-    p99: float
-    longest: float
+    median: float = 0.0
+    p95: float = 0.0
+    p99: float = 0.0
+    longest: float = 0.0
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Compared:
-    """One kind of request: undisturbed, and during faults while the API server and its database were available."""
+    """One kind of request in two stretches, while the API server and its database were available."""
 
     what: str
-    calm: Latency
-    storm: Latency
-    away: dict[str, Counter[str]] = field(default_factory=dict[str, Counter[str]])
-    """How often each status was returned while the database or the API server was unavailable."""
+    usual: Latency
+    disturbed: Latency
 
     def ratio(self, name: str) -> float:
-        calm = getattr(self.calm, name)
-        return getattr(self.storm, name) / calm if calm else 0.0
+        usual = getattr(self.usual, name)
+        return getattr(self.disturbed, name) / usual if usual else 0.0
+
+    def is_enough_for(self, name: str) -> bool:
+        return min(self.usual.num, self.disturbed.num) >= MIN_SAMPLES[name]
 
 
-def compare(
-    samples: Iterable[Sample],
-    windows: Sequence[Window],
-    *,
-    calm: tuple[float, float],
-    storm: tuple[float, float],
-) -> list[Compared]:
-    """Compare the requests of both stretches. calm, storm: beginning and end, in seconds since 1970."""
+def compare(samples: Iterable[Sample], windows: Sequence[Window], *, usual: Span, disturbed: Span) -> list[Compared]:
+    """Compare the requests of two stretches. Those during an outage do not count."""
     by_what: dict[str, list[Sample]] = defaultdict(list)
     for sample in samples:
-        by_what[sample.what].append(sample)
-    return [_compared(what, by_what[what], windows, calm, storm) for what in sorted(by_what)]
-
-
-def slow(compared: Iterable[Compared]) -> list[str]:
-    """Return texts about the kinds of request that are slower than guaranteed, or about a lack of samples."""
-    enough = [each for each in compared if min(each.calm.num, each.storm.num) >= MIN_SAMPLES]
-    if not enough:
-        return [f"no kind of request was answered {MIN_SAMPLES} times both undisturbed and during faults"]
+        if not _is_in(sample, windows, *get_args(Away)):
+            by_what[sample.what].append(sample)
     return [
-        f"{each.what}: median {each.storm.median:.1f} ms during faults, {each.calm.median:.1f} ms undisturbed: "
-        f"{each.ratio('median'):.2f} times as long"
-        for each in enough
-        if each.ratio("median") > MAX_RATIO
+        Compared(what=what, usual=_latency(by_what[what], usual), disturbed=_latency(by_what[what], disturbed))
+        for what in sorted(by_what)
     ]
 
 
-def _compared(
-    what: str,
-    samples: list[Sample],
-    windows: Sequence[Window],
-    calm: tuple[float, float],
-    storm: tuple[float, float],
-) -> Compared:
-    away: dict[str, Counter[str]] = {"database": Counter(), "api": Counter()}
-    stormy: list[Sample] = []
-    for sample in samples:
-        if not storm[0] <= sample.at < storm[1]:
-            continue
-        if _is_in(sample, "api", windows):
-            away["api"][_status(sample)] += 1
-        elif _is_in(sample, "database", windows):
-            away["database"][_status(sample)] += 1
-        else:
-            stormy.append(sample)
-    quiet = [sample for sample in samples if calm[0] <= sample.at < calm[1]]
-    return Compared(what=what, calm=_latency(quiet), storm=_latency(stormy), away=away)
+def _latency(samples: Iterable[Sample], span: Span) -> Latency:
+    waits = [sample.seconds * 1000 for sample in samples if span[0] <= sample.at < span[1]]
+    if len(waits) < 2:
+        return Latency(num=len(waits))
+    parts = quantiles(waits, n=100, method="inclusive")
+    return Latency(num=len(waits), median=parts[49], p95=parts[94], p99=parts[98], longest=max(waits))
 
 
-def _status(sample: Sample) -> str:
-    if sample.status == 0:
-        return f"none ({sample.told})"
-    return f"{sample.status}{' with Retry-After' if sample.retry_after else ''}"
+def slow(compared: Iterable[Compared], *, name: str = "median") -> list[str]:
+    """Return texts about the kinds of request that are slower than guaranteed, or about a lack of samples."""
+    enough = [each for each in compared if each.is_enough_for(name)]
+    if not enough:
+        return [f"no kind of request was answered {MIN_SAMPLES[name]} times both undisturbed and disturbed"]
+    return [
+        f"{each.what}: {name} {getattr(each.disturbed, name):.1f} ms disturbed, {getattr(each.usual, name):.1f} ms "
+        f"undisturbed: {each.ratio(name):.2f} times as long"
+        for each in enough
+        if each.ratio(name) > MAX_RATIO
+    ]
 
 
-def _latency(samples: Iterable[Sample]) -> Latency:
-    waits = sorted(sample.seconds * 1000 for sample in samples)
-    if not waits:
-        return Latency(num=0, median=0.0, p95=0.0, p99=0.0, longest=0.0)
-    return Latency(
-        num=len(waits), median=_part(waits, 50), p95=_part(waits, 95), p99=_part(waits, 99), longest=waits[-1]
-    )
+@dataclass(kw_only=True, slots=True)
+class Stretch:
+    """A stretch with or without a noisy neighbor. gaps: by worker, the longest time between two heartbeats, in
+    seconds. device_seconds: used in the stretch, by project."""
+
+    span: Span = (0.0, 0.0)
+    gaps: dict[str, float] = field(default_factory=dict[str, float])
+    device_seconds: dict[str, float] = field(default_factory=dict[str, float])
+    num_waiting: int = 0
+    """Jobs of the ordinary project that waited at the end."""
+
+    @property
+    def longest_gap(self) -> float:
+        return max(self.gaps.values(), default=0.0)
+
+    def share(self, project_id: str) -> float:
+        """Return the project's fraction of all device-seconds."""
+        used = sum(self.device_seconds.values())
+        return self.device_seconds.get(project_id, 0.0) / used if used else 0.0
 
 
-def _part(waits: list[float], percent: int) -> float:
-    return waits[min(len(waits) - 1, len(waits) * percent // 100)]
+@dataclass(kw_only=True, slots=True)
+class Isolated:
+    """The measurements of both stretches, of which the ordinary project is `project_id`. statuses: of the neighbor's
+    requests, by behavior."""
+
+    project_id: str
+    lease_seconds: float
+    alone: Stretch = field(default_factory=Stretch)
+    disturbed: Stretch = field(default_factory=Stretch)
+    statuses: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+
+
+def effects(isolated: Isolated, compared: Sequence[Compared]) -> Iterator[str]:
+    """Yield the effects of the neighbor on an ordinary tenant that exceed the limits. compared: requests of both
+    stretches."""
+    yield from slow(compared, name="p99")
+    near, most = isolated.disturbed, isolated.lease_seconds * MAX_RENEWAL
+    for worker_id, seconds in near.gaps.items():
+        if seconds > most:
+            yield f"{worker_id}: {seconds:.1f} s between two heartbeats, but a third of a lease is {most:.1f} s"
+    if not near.gaps:
+        yield "no worker sent a heartbeat next to the neighbor"
+    if not near.num_waiting:
+        yield "the ordinary project's queue was empty at the end, so its share is meaningless"
+    num_projects = len(near.device_seconds)
+    share, fair = near.share(isolated.project_id), 1 / max(1, num_projects)
+    if num_projects < 2:
+        yield "the neighbor used no device"
+    if share < fair * MIN_SHARE:
+        yield f"the ordinary project got {share:.1%} of the device-seconds, but its fair share is {fair:.1%}"

@@ -1,7 +1,7 @@
 """A soak's test of isolation: two stretches of equal load, the ordinary project alone, then next to a noisy neighbor.
 
 In both, the ordinary project submits more jobs than the workers finish, so that the processors are equally busy. No
-faults are injected. `problems` compares the effects on other tenants: latency, lease renewals and shares.
+faults are injected. The effects on other tenants are assessed: latency, lease renewals and shares.
 """
 
 from __future__ import annotations
@@ -11,14 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
 from sqlalchemy import func, select
 
 from api.settings import ApiSettings
@@ -31,85 +28,16 @@ from catalog.tables.fleet import Worker
 from catalog.tables.jobs import Job
 from catalog.tables.usage import UsageDay
 from catalog.webhooks import endpoints
-from qa.chaos.service import FaultSite
-from qa.chaos.soak.assessment import Compared
+from qa.chaos.service import FaultSite, children_of
+from qa.chaos.soak.assessment import Isolated, Stretch
 from qa.chaos.soak.tenants import read_samples
 from tests.api.hook_receiver import Answer, Received, receiving
 from tests.worker_site import PEPPER, ROOT
 
 NAME = "neighbor"
-MAX_RATIO = 2.0
-"""Limit for the p99 of each kind of request next to the neighbor, relative to the p99 alone."""
-MAX_RENEWAL = 1 / 3
-"""Limit for the time between two heartbeats of a running worker, as a fraction of a lease."""
-MIN_SHARE = 0.9
-"""Minimum fraction of its fair share of device-seconds that a project must get while its jobs wait."""
-MIN_SAMPLES = 100
-"""Minimum number of samples in each stretch, because a p99 of fewer samples is unreliable."""
 WATCH_SECONDS = 0.25
 HOOK_SECONDS = 14.0
 """A webhook is given up after 15."""
-
-
-@dataclass(kw_only=True, slots=True)
-class Stretch:
-    """One stretch. since, until: in seconds since 1970. gaps: by worker, the longest time between two heartbeats, in
-    seconds. device_seconds: used in the stretch, by project."""
-
-    since: float = 0.0
-    until: float = 0.0
-    gaps: dict[str, float] = field(default_factory=dict[str, float])
-    device_seconds: dict[str, float] = field(default_factory=dict[str, float])
-    num_waiting: int = 0
-    """Jobs of the ordinary project that waited at the end."""
-
-    @property
-    def longest_gap(self) -> float:
-        return max(self.gaps.values(), default=0.0)
-
-    def share(self, project_id: str) -> float:
-        """Return the project's fraction of all device-seconds."""
-        used = sum(self.device_seconds.values())
-        return self.device_seconds.get(project_id, 0.0) / used if used else 0.0
-
-
-@dataclass(kw_only=True, slots=True)
-class Isolated:
-    """The measurements of both stretches. statuses: of the neighbor's requests, by behavior."""
-
-    project_id: str = ""
-    alone: Stretch = field(default_factory=Stretch)
-    disturbed: Stretch = field(default_factory=Stretch)
-    statuses: defaultdict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    lease_seconds: float = 0.0
-
-
-def problems(isolated: Isolated, compared: Sequence[Compared]) -> Iterator[str]:
-    """Yield the effects of the neighbor on an ordinary tenant that exceed the limits. compared: requests of both
-    stretches."""
-    enough = [each for each in compared if min(each.calm.num, each.storm.num) >= MIN_SAMPLES]
-    if not enough:
-        yield f"no kind of request was answered {MIN_SAMPLES} times both alone and next to the neighbor"
-    for each in enough:
-        if each.ratio("p99") > MAX_RATIO:
-            yield (
-                f"{each.what}: p99 {each.storm.p99:.1f} ms next to the neighbor, {each.calm.p99:.1f} ms alone: "
-                f"{each.ratio('p99'):.2f} times as long"
-            )
-    most = isolated.lease_seconds * MAX_RENEWAL
-    for worker_id, seconds in isolated.disturbed.gaps.items():
-        if seconds > most:
-            yield f"{worker_id}: {seconds:.1f} s between two heartbeats, but a third of a lease is {most:.1f} s"
-    if not isolated.disturbed.gaps:
-        yield "no worker sent a heartbeat next to the neighbor"
-    if not isolated.disturbed.num_waiting:
-        yield "the ordinary project's queue was empty at the end, so its share is meaningless"
-    num_projects = len(isolated.disturbed.device_seconds)
-    share, fair = isolated.disturbed.share(isolated.project_id), 1 / max(1, num_projects)
-    if num_projects < 2:
-        yield "the neighbor used no device"
-    if share < fair * MIN_SHARE:
-        yield f"the ordinary project got {share:.1%} of the device-seconds, but its fair share is {fair:.1%}"
 
 
 class Neighborhood:
@@ -126,16 +54,14 @@ class Neighborhood:
         self.wait(lambda: time.time() < began + warm_seconds)
         used_before = self._device_seconds()
         with self._watching_heartbeats(stretch):
-            stretch.since = time.time()
+            since = time.time()
             self.wait(lambda: time.time() < began + seconds)
-            stretch.until = time.time()
-        used = self._device_seconds()
-        stretch.device_seconds = {
-            name: seconds - used_before.get(name, 0.0)
-            for name, seconds in used.items()
-            if seconds > used_before.get(name, 0.0)
-        }
-        stretch.num_waiting = self._num_waiting()
+            stretch.span = since, time.time()
+        used = {name: total - used_before.get(name, 0.0) for name, total in self._device_seconds().items()}
+        stretch.device_seconds = {name: seconds for name, seconds in used.items() if seconds > 0}
+        waits = Job.state.in_((JobState.VALIDATING_FILES, JobState.QUEUED))
+        with self.site.db.read() as session:
+            stretch.num_waiting = session.query(Job).where(Job.project_id == self.found.project_id, waits).count()
 
     @contextmanager
     def separate_machines(self, workers: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
@@ -147,12 +73,10 @@ class Neighborhood:
         """
         every = os.sched_getaffinity(0)
         try:
-            _use_processors_of_all(workers, _elsewhere())
-            _use_processors(os.getpid(), _elsewhere())
+            _use_processors(_elsewhere(), os.getpid(), *_pids_of(workers))
             yield
         finally:
-            _use_processors(os.getpid(), every)
-            _use_processors_of_all(workers, every)
+            _use_processors(every, os.getpid(), *_pids_of(workers))
 
     @contextmanager
     def neighbor(self) -> Iterator[None]:
@@ -165,7 +89,7 @@ class Neighborhood:
             receiver.answer = self._answer_late
             argv = [sys.executable, "-m", "qa.chaos.soak.tenants", "noisy", self.site.url, key, str(path), receiver.url]
             client = subprocess.Popen(argv, stdin=subprocess.PIPE, cwd=ROOT)
-            _use_processors(client.pid, _elsewhere())
+            _use_processors(_elsewhere(), client.pid)
             try:
                 yield
             finally:
@@ -177,8 +101,7 @@ class Neighborhood:
 
     def _answer_late(self, request: Received) -> Answer:
         time.sleep(HOOK_SECONDS)
-        self.site.heard(request.body, event_id=request.headers["webhook-id"])
-        return Answer()
+        return self.site.heard(request)
 
     def _create(self) -> tuple[str, str]:
         """Create the neighbor's project, which may submit urgent jobs. Returns its id and the secret of its key.
@@ -220,12 +143,6 @@ class Neighborhood:
         with self.site.db.read() as session:
             return {row[0]: float(row[1]) for row in session.execute(total)}
 
-    def _num_waiting(self) -> int:
-        states = (JobState.VALIDATING_FILES, JobState.QUEUED)
-        waiting = select(func.count()).where(Job.project_id == self.site.caller.project_id, Job.state.in_(states))
-        with self.site.db.read() as session:
-            return session.scalar(waiting) or 0
-
     @contextmanager
     def _watching_heartbeats(self, stretch: Stretch) -> Iterator[None]:
         """Measure the longest time between two heartbeats of each running worker, by the database's clock."""
@@ -260,18 +177,12 @@ def _elsewhere() -> set[int]:
     return mine - {min(mine)} or mine
 
 
-def _use_processors_of_all(workers: Sequence[subprocess.Popen[bytes]], processors: set[int]) -> None:
-    for worker in workers:
-        try:
-            processes = [psutil.Process(worker.pid), *psutil.Process(worker.pid).children(recursive=True)]
-        except psutil.NoSuchProcess:
-            continue
-        for process in processes:
-            _use_processors(process.pid, processors)
+def _pids_of(workers: Sequence[subprocess.Popen[bytes]]) -> list[int]:
+    return [pid for worker in workers for pid in (worker.pid, *(child.pid for child in children_of(worker)))]
 
 
-def _use_processors(pid: int, processors: set[int]) -> None:
-    """Pin each thread of a process. Threads and processes that they start later inherit this."""
-    for thread in Path(f"/proc/{pid}/task").glob("*"):
+def _use_processors(processors: set[int], *pids: int) -> None:
+    """Pin each thread of the processes. Threads and processes that they start later inherit this."""
+    for thread in (path for pid in pids for path in Path(f"/proc/{pid}/task").glob("*")):
         with suppress(ProcessLookupError):
             os.sched_setaffinity(int(thread.name), processors)

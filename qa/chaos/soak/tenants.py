@@ -7,7 +7,6 @@ noisy one behaves as badly as its rights allow, and waits at most a second after
 
 from __future__ import annotations
 
-import http.client
 import json
 import queue
 import random
@@ -20,8 +19,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
-from urllib.parse import urlsplit
+from typing import Any
+
+import httpx
 
 from tests import tiny_base
 from tests.worker_site import BASE
@@ -46,7 +46,6 @@ CANCEL_TRIES = 30
 MAX_BACKOFF_SECONDS = 1.0
 SLOW_PATTERN = "(?:.*?.*?.*?.*?z0z|q_proj)"
 """Four of these on the paths of the base model take 40 ms, of the 100 ms that the service allows."""
-EDGE = "soak-noisy"
 Json = dict[str, Any]
 
 
@@ -70,42 +69,37 @@ class Sample:
 
 
 class Client:
-    """Uses a new connection for each request, so that no connection to an exited API server remains."""
+    """Sends requests, and writes a record of each to a file. Each has a new connection, so that no connection to an
+    exited API server remains."""
 
-    def __init__(self, url: str, api_key: str, out: TextIO) -> None:
-        address = urlsplit(url)
-        self.host, self.port, self.api_key = str(address.hostname), int(address.port or 80), api_key
-        self._out, self._lock = out, threading.Lock()
+    def __init__(self, url: str, api_key: str, path: Path, *, timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+        self._http = httpx.Client(
+            base_url=url,
+            headers={"authorization": f"Bearer {api_key}"},
+            timeout=timeout_seconds,
+            limits=httpx.Limits(max_keepalive_connections=0),
+            trust_env=False,
+        )
+        self._out, self._lock = path.open("w", encoding="utf-8"), threading.Lock()
         self.job_ids: list[str] = []
         self.is_over = threading.Event()
 
-    def ask(
-        self, what: str, method: str, path: str, *, body: Json | bytes | None = None, key: str | None = None
-    ) -> tuple[Sample, Json]:
+    def ask(self, what: str, method: str, path: str, *, key: str | None = None, **given: Any) -> tuple[Sample, Json]:
         """Send a request and record it. Returns the record and the JSON content; {} for an error."""
-        headers = {"authorization": f"Bearer {self.api_key}", "content-type": "application/json"}
-        if isinstance(body, bytes):
-            headers["content-type"] = f"multipart/form-data; boundary={EDGE}"
-        elif body is not None:
-            body = json.dumps(body).encode()
-        if key is not None:
-            headers["idempotency-key"] = key
+        headers = {} if key is None else {"idempotency-key": key}
         began, at, answer = time.monotonic(), time.time(), Json()
         status, retry_after, told = 0, None, ""
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=TIMEOUT_SECONDS)
         try:
-            connection.request(method, path, body=body, headers=headers)
-            response = connection.getresponse()
-            status, retry_after = response.status, response.headers.get("retry-after")
-            answer = _parsed(response.read())
+            response = self._http.request(method, path, headers=headers, **given)
+            status, retry_after = response.status_code, response.headers.get("retry-after")
+            answer = _parsed(response)
             told = str((answer.get("error") or {}).get("code") or "") if status >= 400 else ""
-        except (OSError, http.client.HTTPException) as error:
-            status, told = 0, type(error).__name__
-        finally:
-            connection.close()
+        except httpx.TransportError as error:
+            told = type(error).__name__
+        seconds = time.monotonic() - began
         job_id = answer.get("id") if key is not None and status == 200 else None
-        measured = {"what": what, "at": at, "seconds": time.monotonic() - began, "status": status}
-        sample = Sample(**measured, retry_after=retry_after, told=told, key=key, job_id=job_id)
+        measured = {"what": what, "at": at, "seconds": seconds, "status": status, "retry_after": retry_after}
+        sample = Sample(**measured, told=told, key=key, job_id=job_id)
         self.record(sample)
         return sample, answer if status == 200 else {}
 
@@ -114,11 +108,20 @@ class Client:
             self._out.write(json.dumps(asdict(sample)) + "\n")
             self._out.flush()
 
+    def open_unread(self, path: str) -> socket.socket:
+        """Send a GET request on a socket with a small buffer, of which the caller reads as little as it likes."""
+        url = self._http.base_url
+        client = socket.create_connection((url.host, url.port or 80), timeout=5.0)
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        head = [f"GET {path} HTTP/1.1", f"Host: {url.host}", f"Authorization: {self._http.headers['authorization']}"]
+        client.sendall("\r\n".join([*head, "", ""]).encode())
+        return client
 
-def _parsed(content: bytes) -> Json:
+
+def _parsed(response: httpx.Response) -> Json:
     """Return the JSON content. {} if it is not JSON, because the status is sufficient."""
     try:
-        return json.loads(content)
+        return response.json()
     except ValueError:
         return {}
 
@@ -177,7 +180,7 @@ def _submit_all(client: Client, told: queue.Queue[Json]) -> None:
 def _submit(client: Client, job: Json) -> None:
     """Submit a job, again with the same key until it is accepted."""
     while not client.is_over.is_set():
-        sample, _ = client.ask("submit", "POST", JOBS, body=job["body"], key=job["key"])
+        sample, _ = client.ask("submit", "POST", JOBS, json=job["body"], key=job["key"])
         if sample.job_id is not None:
             client.job_ids.append(sample.job_id)
         if 200 <= sample.status < 500:
@@ -200,12 +203,9 @@ class Noisy:
         self._prepare()
         behaviors = (
             *(self.send_slow_patterns, self.send_plans, self.call_webhooks, self.verify, self.upload_bad_file),
-            self.submit_urgent_jobs,
+            *(self.submit_urgent_jobs, self.hold_streams, self.hold_downloads),
         )
         threads = [threading.Thread(target=self._repeat, args=(behavior,)) for behavior in behaviors]
-        threads.append(threading.Thread(target=self._hold, args=("stream", NUM_STREAMS, self._stream)))
-        unread = "unread download", NUM_READERS, lambda: f"/v1/files/{self.big}/content"
-        threads.append(threading.Thread(target=self._hold, args=unread))
         for thread in threads:
             thread.start()
         sys.stdin.read()
@@ -214,8 +214,8 @@ class Noisy:
         for thread in threads:
             thread.join(max(0.0, until - time.monotonic()))
 
-    def ask(self, what: str, method: str, path: str, body: Json | bytes | None = None) -> Json:
-        sample, answer = self.client.ask(what, method, path, body=body)
+    def ask(self, what: str, method: str, path: str, **given: Any) -> Json:
+        sample, answer = self.client.ask(what, method, path, **given)
         if sample.status == 429:
             self.client.is_over.wait(min(float(sample.retry_after or 0), MAX_BACKOFF_SECONDS))
         return answer
@@ -236,10 +236,10 @@ class Noisy:
 
     def _upload(self, name: str) -> str:
         """Upload a file. Returns its id; "" if it was not accepted."""
-        head = f'--{EDGE}\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n--{EDGE}\r\n'
-        head += f'Content-Disposition: form-data; name="file"; filename="{name}"\r\n\r\n'
-        content = head.encode() + (self.folder / name).read_bytes() + f"\r\n--{EDGE}--\r\n".encode()
-        return str(self.ask(f"upload of {name}", "POST", "/v1/files", content).get("id", ""))
+        files = {"file": (name, (self.folder / name).read_bytes())}
+        return self.ask(f"upload of {name}", "POST", "/v1/files", data={"purpose": "fine-tune"}, files=files).get(
+            "id", ""
+        )
 
     def upload_bad_file(self) -> None:
         """Upload a large file with an invalid last line, so that it is checked completely and then rejected."""
@@ -257,7 +257,7 @@ class Noisy:
             "lora": {"rank": 4, "rank_pattern": patterns},
             "max_steps": 1,
         }
-        made = self.ask("sweep with slow patterns", "POST", "/v1/sweeps", body)
+        made = self.ask("sweep with slow patterns", "POST", "/v1/sweeps", json=body)
         for _ in range(CANCEL_TRIES if made else 0):
             if self.client.is_over.is_set() or self.ask("sweep cancelled", "POST", f"/v1/sweeps/{made['id']}/cancel"):
                 return
@@ -265,7 +265,7 @@ class Noisy:
     def send_plans(self) -> None:
         """Create plans with different lengths, so that the file is tokenized again for each."""
         body = {"model": BASE, "training_file": self.chats, "max_length": random.randrange(8, 512)}
-        self.ask("plan", "POST", "/v1/plans", body)
+        self.ask("plan", "POST", "/v1/plans", json=body)
 
     def call_webhooks(self) -> None:
         """Test webhooks to hosts that do not resolve, and to a server that responds just before the timeout."""
@@ -273,11 +273,11 @@ class Noisy:
         if (number := len(self.endpoints)) < NUM_ENDPOINTS:
             url = f"http://soak-{number}-{random.randrange(10**9)}.invalid/" if number % 2 else self.slow_hook
             body = {"name": f"n{number}", "url": url, "event_types": [event]}
-            made = self.ask("webhook created", "POST", "/v1/webhook_endpoints", body)
+            made = self.ask("webhook created", "POST", "/v1/webhook_endpoints", json=body)
             self.endpoints += [made["id"]] if made else []
         else:
             path = f"/v1/webhook_endpoints/{random.choice(self.endpoints)}/test"
-            self.ask("webhook tested", "POST", path, {"event_type": event})
+            self.ask("webhook tested", "POST", path, json={"event_type": event})
 
     def verify(self) -> None:
         for adapter in self.ask("adapters listed", "GET", "/v1/adapters").get("data", [])[:1]:
@@ -288,38 +288,32 @@ class Noisy:
         listed = self.ask("jobs listed", "GET", f"{JOBS}?limit=100").get("data", [])
         if sum(job["status"] in ("queued", "validating_files") for job in listed) >= MAX_QUEUED:
             self.client.is_over.wait(0.5)
-        elif made := self.ask("urgent job", "POST", JOBS, self._job()):
-            self.client.job_ids.append(made["id"])
-
-    def _job(self) -> Json:
+            return
         numbers = {"hyperparameters": {"batch_size": 4, "n_epochs": 100}, "lora": {"rank": 8}, "max_steps": 150}
         named = {"model": BASE, "training_file": self.chats, "priority": "urgent", "precision": "float32"}
-        return {**named, **numbers, "seed": random.randrange(10**6)}
+        if made := self.ask("urgent job", "POST", JOBS, json={**named, **numbers, "seed": random.randrange(10**6)}):
+            self.client.job_ids.append(made["id"])
 
-    def _stream(self) -> str:
-        return f"{JOBS}/{self.client.job_ids[0]}/stream" if self.client.job_ids else ""
+    def hold_streams(self) -> None:
+        if self.client.job_ids:
+            self._hold("stream", NUM_STREAMS, f"{JOBS}/{self.client.job_ids[0]}/stream")
 
-    def _hold(self, what: str, number: int, path: Callable[[], str]) -> None:
+    def hold_downloads(self) -> None:
+        self._hold("unread download", NUM_READERS, f"/v1/files/{self.big}/content")
+
+    def _hold(self, what: str, number: int, path: str) -> None:
         """Keep `number` responses open of which only the first bytes are read, and replace the oldest one by one."""
         opened: deque[socket.socket] = deque()
         while not self.client.is_over.wait(PAUSE_SECONDS):
-            if not (target := path()):
-                continue
             if len(opened) == number:
                 opened.popleft().close()
             began, status, told = time.time(), 0, ""
             try:
-                client = socket.create_connection((self.client.host, self.client.port), timeout=5.0)
-                opened.append(client)
-                client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-                head = [f"GET {target} HTTP/1.1", f"Host: {self.client.host}"]
-                head += [f"Authorization: Bearer {self.client.api_key}", "", ""]
-                client.sendall("\r\n".join(head).encode())
-                status = int(client.recv(12)[9:] or 0)
+                opened.append(self.client.open_unread(path))
+                status = int(opened[-1].recv(12)[9:] or 0)
             except (OSError, ValueError) as error:
                 told = type(error).__name__
-            seconds = time.time() - began
-            self.client.record(Sample(what=what, at=began, seconds=seconds, status=status, told=told))
+            self.client.record(Sample(what=what, at=began, seconds=time.time() - began, status=status, told=told))
             if status != 200:
                 self.client.is_over.wait(MAX_BACKOFF_SECONDS)
         for client in opened:
@@ -329,12 +323,11 @@ class Noisy:
 def main(kind: str, url: str, api_key: str, path: str, *more: str) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    with Path(path).open("w", encoding="utf-8") as out:
-        client = Client(url, api_key, out)
-        if kind == "ordinary":
-            behave(client)
-        else:
-            Noisy(client, Path(path).parent, *more).run()
+    client = Client(url, api_key, Path(path))
+    if kind == "ordinary":
+        behave(client)
+    else:
+        Noisy(client, Path(path).parent, *more).run()
 
 
 if __name__ == "__main__":
