@@ -242,7 +242,10 @@ class WorkerSite:
 
     def wait_for_message(self, verb: str) -> None:
         """Wait until a worker has written this message for a trainer that has not read it yet."""
-        self.wait_until(lambda: list(self.settings.work_dir().glob(f"trainers/*/inbox/*-{verb}.json")))
+        self.wait_until(lambda: self.has_unread_message(verb))
+
+    def has_unread_message(self, verb: str) -> bool:
+        return bool(list(self.settings.work_dir().glob(f"trainers/*/inbox/*-{verb}.json")))
 
     def standing_by(self) -> list[Path]:
         """Directories of trainers that wait for a base model."""

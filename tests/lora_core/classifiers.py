@@ -4,14 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForPreTraining
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForPreTraining
 
 from lora_core.base_model.model import BaseModel, load_base
 from lora_core.config import ObjectiveConfig
 from lora_core.data.token_dataset import TokenDataset
+from tests import tiny_models
 from tests.lora_core.scenarios import VOCAB, Submission, config, dataset
-from tests.lora_core.test_families import COMMON
 
 FAMILIES = {
     "llama": {},
@@ -25,11 +24,8 @@ FAMILIES = {
 
 def save(family: str, folder: Path) -> Path:
     """Save a typical checkpoint: a causal or masked language model, or BERT's pretraining model, which has a pooler."""
-    torch.manual_seed(0)
-    settings = AutoConfig.for_model(family, **(COMMON | FAMILIES[family]))
     kinds = {"llama": AutoModelForCausalLM, "gpt2": AutoModelForCausalLM, "bert": AutoModelForPreTraining}
-    kinds.get(family, AutoModelForMaskedLM).from_config(settings).save_pretrained(folder)
-    return folder
+    return tiny_models.save(family, folder, kind=kinds.get(family, AutoModelForMaskedLM), **FAMILIES[family])
 
 
 def classifier(family: str, folder: Path, dtype: str = "float32") -> BaseModel:

@@ -4,11 +4,9 @@ Each base is a tiny random model. It trains with a packmate, PEFT serves the exp
 """
 
 import re
-from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from lora_core.base_model.model import load_base
 from lora_core.engine.engine import Engine
@@ -16,7 +14,6 @@ from lora_core.engine_config import EngineConfig
 from lora_core.errors import UnsupportedModel
 from lora_core.peft_format.verify import verify_export
 from tests.lora_core.scenarios import (
-    VOCAB,
     Submission,
     admit,
     config,
@@ -25,21 +22,8 @@ from tests.lora_core.scenarios import (
     run_elastically,
     state_bytes,
 )
+from tests.tiny_models import COMMON, HEADS, save
 
-COMMON = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.1,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-HEADS = {"head_dim": 16}
 FAMILIES = {
     "llama": {},
     "mistral": {"sliding_window": 8},
@@ -58,15 +42,6 @@ FAMILIES = {
     "gpt_neox": {},
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
 }
-
-
-def save(family: str, folder: Path, **options) -> Path:
-    torch.manual_seed(0)
-    settings = {
-        key: value for key, value in (COMMON | options).items() if family != "opt" or key != "intermediate_size"
-    }
-    AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings)).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("family", FAMILIES)

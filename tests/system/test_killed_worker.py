@@ -13,7 +13,7 @@ import pytest
 
 from catalog.jobs import commands
 from catalog.states import EndReason, JobState
-from tests.worker_site import SHORT_LEASE, WAIT_SECONDS, WorkerSite, is_gone, is_gone_in_time, worker_site
+from tests.worker_site import SHORT_LEASE, WorkerSite, is_gone_in_time, worker_site
 
 
 @pytest.fixture
@@ -46,37 +46,6 @@ def test_the_job_of_a_killed_worker_ends_with_the_same_bytes_on_another(site: Wo
     assert sorted(adapter.job_id for adapter in site.adapters()) == sorted([undisturbed, disturbed])
     assert site.weights_digest(disturbed) == site.weights_digest(undisturbed)
     assert site.job(disturbed).trained_tokens == site.job(undisturbed).trained_tokens
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("failpoint", ["after_claim", "uploading", "before_complete", "after_complete"])
-def test_a_killed_worker_at_any_stage_leaves_one_adapter(site: WorkerSite, failpoint: str) -> None:
-    job_id = site.submit(site.upload(20), **small_job(max_steps=5))
-    first = site.start_worker(FAILPOINT=f"{failpoint}:kill")
-    assert first.wait(WAIT_SECONDS) == -signal.SIGKILL, site.log()
-
-    site.start_worker()
-    site.wait_for_end(job_id)
-
-    assert site.job(job_id).state == JobState.SUCCEEDED, site.log()
-    assert [adapter.job_id for adapter in site.adapters()] == [job_id]
-    assert len(site.reasons(job_id)) == (1 if failpoint == "after_complete" else 2)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("failpoint", ["in_checkpoint:kill", "step_3:raise"])
-def test_a_job_whose_trainer_dies_three_times_without_progress_is_quarantined(site: WorkerSite, failpoint: str) -> None:
-    job_id = site.submit(site.upload(20), **small_job(max_steps=8, checkpoint_every_steps=5))
-    site.start_worker(FAILPOINT=failpoint)
-
-    site.wait_for_end(job_id)
-
-    job = site.job(job_id)
-    assert job.state == JobState.FAILED
-    assert site.reasons(job_id) == [EndReason.TRAINER_CRASHED] * 3
-    assert job.error is not None
-    assert job.error["code"] == "quarantined"
-    assert site.adapters() == []
 
 
 def test_resumed_equals_uninterrupted_after_a_kill_among_joins_and_leaves(site: WorkerSite) -> None:
@@ -116,45 +85,3 @@ def test_resumed_equals_uninterrupted_after_a_kill_among_joins_and_leaves(site: 
         assert site.attempts(packed[name])[1].resumed_from_step > 0
     for name in kinds:
         assert site.weights_digest(packed[name]) == site.weights_digest(solo[name]), name
-
-
-@pytest.mark.slow
-def test_resumed_equals_uninterrupted_after_a_drain_that_is_not_counted(site: WorkerSite) -> None:
-    rows = site.upload(40)
-    drained = site.submit(rows, **small_job(checkpoint_every_steps=1000))
-    worker = site.start_worker(FAILPOINT=f"step_15:wait={site.gate('drain')}")
-    site.wait_for_step(15, drained)
-    worker.terminate()
-    site.wait_for_message("drain")
-
-    site.gate("drain").touch()
-
-    assert worker.wait(WAIT_SECONDS) == 0, site.log()
-    assert site.job(drained).state == JobState.QUEUED
-    assert site.job(drained).counted_attempts == 0
-    left_alone = site.submit(rows, **small_job())
-    site.work_until_done()
-    assert site.reasons(drained) == [EndReason.DRAINED, EndReason.COMPLETED]
-    assert site.attempts(drained)[1].resumed_from_step == 15
-    assert site.weights_digest(drained) == site.weights_digest(left_alone)
-
-
-@pytest.mark.slow
-def test_a_worker_that_was_stopped_for_two_leases_writes_nothing_afterwards(site: WorkerSite) -> None:
-    job_id = site.submit(site.upload(20), **small_job(max_steps=20))
-    stopped = site.start_worker(FAILPOINT="step_15:hang")
-    site.wait_until(lambda: site.checkpoint_steps(job_id) == [10])
-    trainer = psutil.Process(site.trainer_pid(job_id))
-    site.stop_between_writes(stopped)
-    site.start_worker()
-    site.wait_for_end(job_id)
-    assert is_gone(trainer), "the trainer of a silent worker exits on its own"
-    events_before = [event.seq for event in site.events(job_id)]
-
-    stopped.send_signal(signal.SIGCONT)
-    stopped.terminate()
-
-    assert stopped.wait(WAIT_SECONDS) == 0, site.log()
-    assert [event.seq for event in site.events(job_id)] == events_before
-    assert site.reasons(job_id) == [EndReason.INFRA_LOST, EndReason.COMPLETED]
-    assert len(site.adapters()) == 1

@@ -6,14 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from catalog.db.database import Database
 from catalog.history import queries
 from catalog.jobs import commands
-from catalog.lifecycle import recording
 from catalog.states import JobState
-from catalog.tables.storage import Artifact
-from catalog.tables.table import Json
-from tests.worker_site import SHORT_LEASE, worker_site
+from tests.worker_site import worker_site
 
 
 def test_initial_and_joining_jobs_share_one_trainer_and_equal_solo_runs(tmp_path: Path) -> None:
@@ -136,34 +132,6 @@ def test_a_file_without_trainable_tokens_fails_only_its_own_job(tmp_path: Path) 
         assert error is not None
         assert error["code"] == "nothing_to_learn"
         assert error["param"] == "training_file"
-
-
-@pytest.mark.slow
-def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(tmp_path: Path) -> None:
-    with worker_site(tmp_path, **SHORT_LEASE) as site:
-        job_id = site.submit(site.upload(40), max_steps=30, checkpoint_every_steps=10)
-        worker = site.start_worker(FAILPOINT="step_25:hang")
-        site.wait_until(lambda: len(_resumable(site.db, job_id)) == 2)
-        worker.kill()
-        newest = _resumable(site.db, job_id)[0]
-        row = next(file for file in newest if file["path"] == "row.safetensors")
-        blob = site.settings.data_dir / "store" / "blobs" / row["digest"][:2] / row["digest"]
-        content = bytearray(blob.read_bytes())
-        content[-1] ^= 1
-        blob.write_bytes(content)
-
-        site.start_worker()
-        site.wait_for_end(job_id)
-
-        assert site.job(job_id).state == JobState.SUCCEEDED, site.log()
-        assert site.attempts(job_id)[1].resumed_from_step == 10
-        assert any("can't be used" in event.message for event in site.events(job_id))
-
-
-def _resumable(db: Database, job_id: str) -> list[list[Json]]:
-    """Return the files of each checkpoint that has its files, newest first."""
-    with db.read() as session:
-        return [session.get_one(Artifact, row.artifact).files for row in recording.resumable(session, job_id)]
 
 
 @pytest.mark.slow

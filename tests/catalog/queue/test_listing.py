@@ -144,7 +144,7 @@ def test_explanation_of_a_queued_job(world: World) -> None:
     assert held["resident_bases"] == [sha("smol")]
     assert "The running workers have other base models loaded" in held["explanation"]
     workers.worker_beat(world.db, "w1", resident_base=sha("other"), trainer_id="t", report=None)
-    assert "It starts as soon as that trainer has free capacity" in explained(world, second.id)["explanation"]
+    assert "It starts as soon as that worker has memory for one more job" in explained(world, second.id)["explanation"]
 
 
 def test_explanation_of_a_job_delayed_by_the_slowdown_limit(world: World) -> None:
@@ -165,7 +165,7 @@ def test_explanation_of_a_job_delayed_by_the_slowdown_limit(world: World) -> Non
         "3.6 times as long as alone. One more job would raise this to 4.5, and LORRY_MAX_SLOWDOWN is 4. The job starts "
         "when one of them finishes."
     )
-    assert "It starts as soon as that trainer has free capacity" in reported(Speeds(), num_jobs=16), (
+    assert "It starts as soon as that worker has memory for one more job" in reported(Speeds(), num_jobs=16), (
         "without measured speeds a seventeenth job may join"
     )
 
@@ -180,18 +180,19 @@ def test_explanation_of_a_job_with_another_precision(world: World) -> None:
     same, other = world.queued(), world.queued(precision="float32")
 
     assert explained(world, same.id)["explanation"] == (
-        "It is first in the queue. Its base model is loaded. It starts as soon as that trainer has free capacity."
+        "It is first in the queue. A worker has its base model loaded. It starts as soon as that worker has memory for "
+        "one more job."
     )
     why = explained(world, other.id)
     assert (why["precision"], why["resident_precisions"]) == ("float32", ["bfloat16"])
     assert why["explanation"] == (
-        "1 job is ahead of it. Its base model is loaded in bfloat16, but it needs float32, so it waits for "
-        "another trainer. Later jobs that can join a loaded trainer may start first, for at most 60 s."
+        "1 job is ahead of it. Its base model is loaded in bfloat16, but it needs float32, so it waits until "
+        "a worker has loaded that. Later jobs for a loaded base model may start before it, for at most 60 s."
     )
     world.pass_time(61)
     workers.worker_beat(world.db, "w1", resident_base=held.job.base_digest, trainer_id="t", report=None)
     assert explained(world, other.id)["explanation"].endswith(
-        "Later jobs no longer join the loaded trainer. It starts when the jobs there finish."
+        "Later jobs no longer start before it. It starts when the running jobs have finished."
     )
 
 

@@ -128,7 +128,7 @@ def test_preemption_is_explained_without_naming_other_projects(world: World, bat
         "An urgent job is preempting it. Worker w1 was asked to save a checkpoint first. "
         "It then returns to its position in the queue."
     )
-    assert "Jobs with a lower priority are being preempted for it" in waiting["explanation"]
+    assert "Jobs with a lower priority free memory for it" in waiting["explanation"]
     assert left["explanation"].startswith("A job with priority urgent that had waited for 31 s preempted it.")
     reported = left["preemption"]
     assert (reported["for_class"], reported["makes"], reported["num_leaving"], reported["effective_priority"]) == (
@@ -162,10 +162,12 @@ def test_jobs_behind_are_informed_of_a_preemption(world: World, batch: Claim) ->
     world.beat(batch.claim_id)
     meanwhile = reported(urgent), reported(behind)
 
-    assert "Later jobs that can join a loaded trainer may start first, for at most 60 s." in before[0]
-    assert "Its base model is loaded. It starts as soon as that trainer has free capacity." in before[1]
-    assert "Until it starts, later jobs can't join a loaded trainer. Jobs with a lower priority are" in meanwhile[0]
-    assert "jobs are being preempted for a job ahead of it, which starts first." in meanwhile[1]
+    assert "Later jobs for a loaded base model may start before it, for at most 60 s." in before[0]
+    assert (
+        "A worker has its base model loaded. It starts as soon as that worker has memory for one more job." in before[1]
+    )
+    assert "Later jobs do not start before it. Jobs with a lower priority free" in meanwhile[0]
+    assert "other jobs are being preempted for a job that is ahead of it." in meanwhile[1]
 
 
 def test_one_urgent_job_preempts_one_job_at_a_time(world: World, batch: Claim) -> None:

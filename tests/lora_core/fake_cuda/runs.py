@@ -32,7 +32,7 @@ from tests.lora_core.classifiers import FAMILIES, classification_jobs
 from tests.lora_core.fake_cuda.kernels import stand_ins
 from tests.lora_core.fake_cuda.observer import DeviceCounts, DeviceObserver
 from tests.lora_core.scenarios import admit, submissions
-from tests.lora_core.test_families import COMMON
+from tests.tiny_models import COMMON
 
 DEVICE = "cuda:0"
 WIDE = 1 << 20

@@ -26,8 +26,8 @@ from lora_core.engine.engine import Engine
 from lora_core.forward.generation import Prompts
 from tests.lora_core.fake_cuda.runs import DEVICE, base_on_device, engine_config, fake_device
 from tests.lora_core.scenarios import admit
-from tests.lora_core.test_families import COMMON
 from tests.lora_core.train_in_ranks import jobs_called
+from tests.tiny_models import COMMON
 
 NUM_RANKS = 2
 BACKENDS = "cpu:fake,cuda:fake"

@@ -15,7 +15,8 @@ from lora_core.forward.generation import Prompts
 from lora_core.layers.attention.cached import attend_last
 from lora_core.layers.attention.packed import attend
 from tests.lora_core.scenarios import VOCAB, admit, rename, run_alone, state_bytes, submissions
-from tests.lora_core.test_families import FAMILIES, save
+from tests.lora_core.test_families import FAMILIES
+from tests.tiny_models import save
 
 PROMPTS = Prompts(prompts=((3, 14, 15, 92, 65), (7,), tuple(range(40, 75))), max_tokens=9)
 

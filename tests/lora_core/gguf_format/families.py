@@ -5,23 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests import tiny_base
+from tests import tiny_base, tiny_models
 
-COMMON: dict[str, Any] = {
-    "vocab_size": tiny_base.VOCABULARY,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "initializer_range": 0.1,
-    "pad_token_id": 0,
-    "bos_token_id": 0,
-    "eos_token_id": 2,
-}
+COMMON: dict[str, Any] = tiny_models.COMMON | {"vocab_size": tiny_base.VOCABULARY, "bos_token_id": 0}
 LLAMA_3 = {
     "rope_type": "llama3",
     "rope_theta": 10_000.0,
@@ -45,8 +32,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 def save(family: str, folder: Path, **options: Any) -> Path:
     """Save a model whose norms and biases have distinct values, so that mistaking one for another has an effect."""
     model_type, settings = FAMILIES[family]
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **COMMON | settings | options))
+    model = tiny_models.build(model_type, **COMMON | settings | options)
     for parameter in model.parameters():
         if parameter.ndim == 1:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests import tiny_base
+from tests import tiny_base, tiny_models
 from tests.lora_core.gguf_format.families import COMMON
 
 SPECIAL = ("<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>")
@@ -27,8 +26,7 @@ def save(folder: Path) -> Path:
     options = COMMON | {"vocab_size": VOCABULARY, "num_hidden_layers": 7, "head_dim": 256, "sliding_window": 16}
     options |= {"query_pre_attn_scalar": 256, "rope_parameters": ROPE}
     options |= {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
-    torch.manual_seed(0)
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model("gemma3_text", **options))
+    model = tiny_models.build("gemma3_text", **options)
     for parameter in model.parameters():
         if parameter.ndim == 1:
             torch.nn.init.uniform_(parameter, -0.5, 0.5)

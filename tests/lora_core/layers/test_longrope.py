@@ -21,7 +21,7 @@ from lora_core.forward.generation import Prompts
 from lora_core.forward.language_model import hidden_states
 from lora_core.packing.packed_batch import SliceInput, build_pack
 from tests.lora_core.scenarios import VOCAB, Submission, admit, config, dataset, run_alone, run_elastically
-from tests.lora_core.test_families import HEADS, save
+from tests.tiny_models import HEADS, save
 
 BOUND = 64
 

@@ -25,7 +25,7 @@ from lora_core.peft_format.verify import verify_export
 from tests.lora_core.classifiers import FAMILIES, classification_jobs, classified, classifier, save
 from tests.lora_core.exports import trained
 from tests.lora_core.scenarios import Submission, admit, config, dataset, run_alone, run_elastically, state_bytes
-from tests.lora_core.test_families import COMMON
+from tests.tiny_models import COMMON
 
 THREE = ObjectiveConfig(kind="classification", num_labels=3)
 

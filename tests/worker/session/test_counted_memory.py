@@ -22,7 +22,7 @@ from lora_core.losses.preference import SliceScores
 from lora_core.packing.packed_batch import PackedBatch
 from tests.catalog.world import linears
 from tests.lora_core.scenarios import dataset
-from tests.lora_core.test_families import HEADS, save
+from tests.tiny_models import HEADS, save
 
 SAMPLES = {"prompts": ["a" * 60] * 8, "max_tokens": 4}
 

@@ -33,7 +33,7 @@ from tests.lora_core.scenarios import (
     run_elastically,
     state_bytes,
 )
-from tests.lora_core.test_families import HEADS, save
+from tests.tiny_models import HEADS, save
 
 LONG = LONGEST_MATRIX + 77
 SMALL = {"hidden_size": 64, "intermediate_size": 64}

@@ -12,7 +12,7 @@ from lora_core.layers.attention import tiled_cpu
 from lora_core.layers.attention.dense_cpu import UNLIMITED
 from lora_core.layers.attention.packed import NAME, attend, register
 from lora_core.layers.attention.tiled_cpu import Scoring, attend_in_strips, strips
-from tests.lora_core.test_families import HEADS, save
+from tests.tiny_models import HEADS, save
 from tests.worker.session.test_counted_memory import measured_peak
 
 SIGHTS = {"causal": (True, None), "window": (True, 20), "narrow": (True, 1), "both ways": (False, None)}
