@@ -103,7 +103,7 @@ def pause_job(job_id: JobId, use: Use, caller: Signed) -> FineTuningJob:
 
 @router.post("/{job_id}/resume", operation_id="resume_job", responses=errors(404, 409))
 def resume_job(job_id: JobId, use: Use, caller: Signed, is_retry: IsRetry) -> FineTuningJob:
-    """Resume a job from its last checkpoint. The adapter is the one that an uninterrupted job would have produced.
+    """Resume a paused job at its step. The adapter is the one that an uninterrupted job would have produced.
 
     Returns 409 for a job that is not paused, except for a resumed job if the client repeats a lost request.
     Requires the scope `jobs:write`.

@@ -112,7 +112,7 @@ def cancel(db: Database, *, project_id: str, job_id: str, is_client_retry: bool 
 
 
 def pause(db: Database, *, project_id: str, job_id: str) -> Job:
-    """Pause the job, to continue later from its last checkpoint. Pausing a paused job does nothing."""
+    """Pause the job. It saves a checkpoint, at which it can be resumed. Pausing a paused job does nothing."""
     with db.write() as session:
         job = find(session, project_id, job_id, locked=True)
         if job.cancel_requested:

@@ -204,7 +204,7 @@ def _class_name(effective_priority: int) -> str:
 def _preempting_sentence(own_entry: QueueEntry) -> str | None:
     if not own_entry.awaits_preemption:
         return None
-    return "Jobs with a lower priority are being preempted for it. They save a checkpoint first."
+    return "Jobs with a lower priority free memory for it: they save a checkpoint and return to the queue."
 
 
 def _own_ahead(session: Session, job: Job) -> int:
@@ -274,8 +274,8 @@ def _ends_sentence(job: Job) -> str:
 
 def _joins(ahead: list[QueueEntry]) -> str:
     if any(entry.awaits_preemption for entry in ahead):
-        return "Its base model is loaded, but jobs are being preempted for a job ahead of it, which starts first."
-    return "Its base model is loaded. It starts as soon as that trainer has free capacity."
+        return "A worker has its base model loaded, but other jobs are being preempted for a job that is ahead of it."
+    return "A worker has its base model loaded. It starts as soon as that worker has memory for one more job."
 
 
 def _other_trainer(job: Job, of_its_base: list[LoadedTrainer]) -> str:
@@ -284,15 +284,15 @@ def _other_trainer(job: Job, of_its_base: list[LoadedTrainer]) -> str:
         return "The running workers have other base models loaded."
     loaded = " and ".join(sorted({weights_of(resident.pack_key) for resident in of_its_base if resident.pack_key}))
     wanted = weights_of(job.pack_key)
-    return f"Its base model is loaded in {loaded}, but it needs {wanted}, so it waits for another trainer."
+    return f"Its base model is loaded in {loaded}, but it needs {wanted}, so it waits until a worker has loaded that."
 
 
 def _overtaking_sentence(own_entry: QueueEntry) -> str:
     if own_entry.awaits_preemption:
-        return "Until it starts, later jobs can't join a loaded trainer."
+        return "Later jobs do not start before it."
     if own_entry.waited_seconds < PATIENCE_SECONDS:
-        return f"Later jobs that can join a loaded trainer may start first, for at most {PATIENCE_SECONDS:.0f} s."
-    return "Later jobs no longer join the loaded trainer. It starts when the jobs there finish."
+        return f"Later jobs for a loaded base model may start before it, for at most {PATIENCE_SECONDS:.0f} s."
+    return "Later jobs no longer start before it. It starts when the running jobs have finished."
 
 
 def _unquantized(session: Session, job: Job, *, now: float) -> str | None:
