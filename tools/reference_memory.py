@@ -5,6 +5,7 @@ from typing import Any
 
 from catalog.resources import memory
 from catalog.resources.gpus import CARDS, CUDA_BYTES, Card
+from catalog.resources.memory import BaseModelMemory, JobMemory
 from catalog.resources.sharding import Demand, block_bytes, would_fit
 
 RANK, LONGEST_ROW, BATCH_SIZE = 16, 2048, 8
@@ -119,22 +120,18 @@ def cards() -> str:
 def _own(shape: Shape) -> int:
     """Bytes of the job in addition to its part of a tick, on a GPU, which recomputes blocks if memory is short."""
     num_parameters = shape.layers * sum(RANK * (rows + columns) for rows, columns in shape.linears.values())
-    own = memory.own_parts(
-        shape.description,
-        "bfloat16",
+    facts = JobMemory(
         num_parameters=num_parameters,
-        dropout=0.0,
         batch_size=BATCH_SIZE,
         longest_example=LONGEST_ROW,
         lowest_rank=RANK,
         highest_rank=RANK,
-        recomputes=True,
     )
-    return sum(own.values())
+    return sum(facts.parts(BaseModelMemory(shape.description, "bfloat16"), recomputes=True).values())
 
 
 def _total(shape: Shape, quantization: str) -> int:
-    return memory.trainer_bytes(shape.description, "bfloat16", quantization) + _own(shape) + CUDA_BYTES
+    return BaseModelMemory(shape.description, "bfloat16", quantization).trainer_bytes() + _own(shape) + CUDA_BYTES
 
 
 def _rate(shape: Shape, gigabytes: int, flops: float) -> str:
@@ -160,7 +157,7 @@ def _jobs(shape: Shape, quantization: str, card: Card) -> int:
     """The number of jobs that fit in one trainer. Those after the first one add their own memory and widen the tick."""
     left = card.memory_bytes - _total(shape, quantization)
     own, limit = _own(shape), memory.tick_tokens("cuda", num_lanes=1)
-    slice_bytes = memory.slice_bytes(shape.description, "bfloat16")
+    slice_bytes = BaseModelMemory(shape.description, "bfloat16").slice_bytes()
     num_jobs = 0
     while left >= 0 and num_jobs < MAX_JOBS:
         num_jobs += 1

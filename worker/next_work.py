@@ -73,7 +73,7 @@ def _claim_more(context: WorkerContext, gang: WorkerGang, session: TrainerSessio
     if session.has_suspect:
         return None
     capacity = free_capacity(context, session)
-    report = {"capacity": capacity_report(capacity), "predicted_bytes": session.predicted_bytes()}
+    report = {"capacity": capacity_report(capacity), "predicted_bytes": session.memory.predicted()}
     context.heartbeat.status["report"] |= report
     if len(session):
         claimed = _claim(context, gang, session.trainer_id, capacity=capacity, pack_key=session.pack_key)

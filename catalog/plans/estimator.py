@@ -18,9 +18,10 @@ from catalog.fleet import gangs, views
 from catalog.plans import duration
 from catalog.plans.duration import ExpectedStart, Measured, Occupied, Overheads, Runner
 from catalog.queue import charging, listing
-from catalog.resources import gpus, memory, requirements, sharding
+from catalog.resources import gpus, requirements, sharding
 from catalog.resources.gpus import MemoryBreakdown
-from catalog.resources.pack_key import precision_of, quantization_of
+from catalog.resources.memory import JOB_TOKENS
+from catalog.resources.pack_key import quantization_of
 from catalog.resources.sharding import NEVER, Demand, DeviceGroup
 from catalog.resources.throughput import Speeds
 from catalog.scheduling.ordering import order
@@ -159,17 +160,14 @@ def _cautions(
 
 
 def _sizes(job: Job, description: Json) -> _Sizes:
-    precision, quantization = precision_of(job.pack_key), quantization_of(job.pack_key)
-    tick = memory.tick_parts(description, precision, quantization, num_tokens=memory.JOB_TOKENS)
-    base = {"base": memory.base_bytes(description, precision, quantization), **tick}
+    base = requirements.base_memory(job, description)
+    shared = {"base": base.weight_bytes(), **base.tick_parts(JOB_TOKENS)}
     divisible, gathered = requirements.shardable_bytes(job, description)
     return _Sizes(
-        parts={
-            kind: base | requirements.own_parts(job, description, recomputes=kind == "cuda") for kind in ("cuda", "cpu")
-        },
+        parts={kind: shared | requirements.own_parts(job, base, recomputes=kind == "cuda") for kind in ("cuda", "cpu")},
         shardable_bytes=divisible,
         gathered_bytes=gathered,
-        hindrance=sharding.hindrance(job.spec["lora"], quantization, description),
+        hindrance=sharding.hindrance(job.spec["lora"], base.quantization, description),
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from catalog.registry.lineage_comparison import WEIGHTS
-from catalog.resources import memory
+from catalog.resources.memory import BYTES_PER_NUMBER, JOB_TOKENS, BaseModelMemory, JobMemory
 from catalog.tables.table import Json
 
 WEIGHT_FILES = (".safetensors",)
@@ -71,27 +71,21 @@ def training_memory(record: Mapping[str, Any]) -> Json:
     spec: Json = record["config"]["resolved"]
     description, precision = record["base"]["description"], spec["precision"]
     quantization, num_trained = spec.get("quantization", "none"), record["outputs"]["num_parameters"]
-    num_base, width = description["num_parameters"], memory.BYTES_PER_NUMBER[precision]
-    state = memory.row_bytes(
-        num_trained,
-        precision,
-        optimizer=spec["optimizer"]["type"],
-        lowest_rank=memory.lowest_rank(spec["lora"]),
-    )
-    tick = memory.tick_parts(description, precision, num_tokens=memory.JOB_TOKENS)
-    quantized_tick = memory.tick_parts(description, precision, quantization, num_tokens=memory.JOB_TOKENS)
+    num_base, width = description["num_parameters"], BYTES_PER_NUMBER[precision]
+    state = JobMemory.of_spec(spec, num_parameters=num_trained).row_bytes(precision)
+    plain, base = BaseModelMemory(description, precision), BaseModelMemory(description, precision, quantization)
     lora = _summed(
-        weights=memory.base_bytes(description, precision, quantization) + width * num_trained,
+        weights=base.weight_bytes() + width * num_trained,
         gradients=GRADIENT_BYTES * num_trained,
         optimizer_state=state - (width + GRADIENT_BYTES) * num_trained,
-        activations=sum(quantized_tick.values()),
+        activations=base.tick_bytes(JOB_TOKENS),
     )
     master_bytes = 0 if precision == "float32" else 4
     full = _summed(
         weights=width * num_base,
         gradients=width * num_base,
         optimizer_state=(MOMENT_BYTES + master_bytes) * num_base,
-        activations=sum(tick.values()),
+        activations=plain.tick_bytes(JOB_TOKENS),
     )
     return {
         "lora": lora,

@@ -1,13 +1,17 @@
-"""Estimates memory for placing jobs: adapter state, base model and tick. Pure; all results in bytes."""
+"""Estimates memory for placing jobs: of a base model in a trainer, and of a job in addition to it. Pure; all results in
+bytes.
+"""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from catalog.spec.lora import begins_with_the_base
+from catalog.spec.methods import compares_with_start
 from catalog.spec.target_modules import Adapted, linears_of
 
 VECTORS_PER_ROW = 4
@@ -66,259 +70,276 @@ def adapter_parameters(targets: Iterable[Adapted], *, use_dora: bool) -> int:
     )
 
 
-def row_bytes(num_parameters: int, precision: str, *, optimizer: str = "adamw", lowest_rank: int = 1) -> int:
-    """Return the bytes of a job's adapter state: weights, gradient and optimizer state, all fp32.
-
-    If the base model is not fp32, a copy of the weights in its dtype is included. Adafactor stores in + out + 2r values
-    for the r · (in + out) parameters of a layer, and out more with DoRA. A useful r is at most half of in + out, so 3/r
-    of the parameters is enough: rank 16 takes 9 bytes per parameter instead of 16, plus the copy. `lowest_rank`: the
-    lowest rank of the job's layers.
-    """
-    copy_bytes = 0 if precision == "float32" else BYTES_PER_NUMBER[precision]
-    vectors = 4 * num_parameters * VECTORS_PER_ROW
-    if optimizer == "adafactor":
-        vectors = 4 * (2 * num_parameters + min(2 * num_parameters, math.ceil(3 * num_parameters / lowest_rank)))
-    return vectors + copy_bytes * num_parameters
-
-
-def lowest_rank(lora: Mapping[str, Any]) -> int:
-    """Return the lowest rank in a job's resolved `lora`, including `rank_pattern`."""
-    return min(_ranks(lora))
-
-
-def highest_rank(lora: Mapping[str, Any]) -> int:
-    """Return the highest rank in a job's resolved `lora`, including `rank_pattern`."""
-    return max(_ranks(lora))
-
-
-def _ranks(lora: Mapping[str, Any]) -> list[int]:
-    by_pattern: Mapping[str, int] = lora.get("rank_pattern") or {}
-    return [int(lora["rank"]), *by_pattern.values()]
-
-
-def own_parts(
-    description: Mapping[str, Any],
-    precision: str,
-    *,
-    num_parameters: int,
-    dropout: float,
-    keeps_best: bool = False,
-    keeps_parent: bool = False,
-    use_dora: bool = False,
-    init_lora_weights: str | None = None,
-    batch_size: int = 1,
-    longest_example: int | None = None,
-    samples: Mapping[str, Any] | None = None,
-    optimizer: str = "adamw",
-    lowest_rank: int,
-    highest_rank: int,
-    slice_tokens: int = SLICE_TOKENS["cpu"],
-    recomputes: bool = False,
-    kernels: ElementwiseKernels | None = None,
-) -> dict[str, int]:
-    """Return the memory of a job itself on any device, without its part of a tick, by part (see `gpus.PARTS`).
-
-    - `row`: the adapter state.
-    - `best_weights`: a copy of the weights, if the job keeps the best ones.
-    - `dora`: a norm and a factor of each output, for all linear layers of the base model (an upper bound).
-    - `subtracted_start`: the initial weights that PiSSA and OLoRA subtract, in the precision of the base model.
-    - `slice_gradients`: gradient buffers of the slices after the first, if a step may have more than one slice.
-    - `lora_products`: A x of each token of the largest slice, padded as by the kernels of a GPU.
-    - `beyond_a_slice`: the largest of three phases that never overlap, minus a slice of JOB_TOKENS: the computation of
-      the initial weights, the largest slice (with dropout masks and the outputs that DoRA scales, for all linear
-      layers), and the pass for the samples.
-
-    `precision`: of the base model. `keeps_parent`: whether the loss compares with the parent adapter, whose weights are
-    then in memory too. `longest_example`: tokens of its longest row or pair of rows, which is never split; None if
-    unknown. The reference pass of a preference loss keeps nothing for a backward pass and is over before the job's own
-    pass begins. `slice_tokens`: maximum tokens of a slice, unless a row is longer. `recomputes`: whether the engine
-    recomputes activations when memory is short, as it does on a GPU. A long slice then keeps the inputs of the blocks,
-    one block at a time, and still the values of LoRA, DoRA and dropout. `kernels`: those of the job's trainer. None if
-    no trainer has it yet: its largest slice then runs with the kernels of the device, and JOB_TOKENS with those of a
-    CPU.
-    """
-    shapes: Shapes = description.get("linear_shapes", {})
-    width, subtracts_start = BYTES_PER_NUMBER[precision], begins_with_the_base(init_lora_weights)
-    step_tokens = batch_size * longest_example if longest_example else math.inf
-    is_one_slice = step_tokens <= slice_tokens
-    most_tokens = int(max(JOB_TOKENS, longest_example or 0, min(slice_tokens, step_tokens)))
-    usual = slice_bytes(description, precision, kernels or "cpu")
-    kernels = kernels or ("cuda" if recomputes else "cpu")
-    times = 2 if subtracts_start else 1
-    ranks = times * sum_of_ranks(shapes, highest_rank, num_parameters)
-    # The kernels of a GPU draw a mask again instead, but they take only what lora_core/layers/tiled_lora.py names.
-    fits_kernels = not use_dora and precision != "float32" and times * highest_rank <= GPU_KERNEL_RANK
-    has_masks = dropout and not (recomputes and fits_kernels)
-    if fits_kernels:
-        ranks = padded_ranks(shapes, ranks, times * lowest_rank, times * highest_rank)
-    even_so = most_tokens * _input_features(shapes) * MASK_BYTES_PER_FEATURE if has_masks else 0
-    even_so += most_tokens * _output_features(shapes) * width if use_dora else 0
-    largest = most_tokens * activation_bytes_per_token(shapes, precision, kernels) + even_so
-    if recomputes:
-        recomputed = most_tokens * _recomputed_bytes_per_token(description, precision, kernels)
-        largest = max(usual + even_so, min(largest, recomputed + even_so))
-    start = _start_bytes(description, precision) if subtracts_start else 0
-    return {
-        "row": row_bytes(num_parameters, precision, optimizer=optimizer, lowest_rank=lowest_rank),
-        "best_weights": 4 * num_parameters if keeps_best else 0,
-        "parent": (4 if precision == "float32" else 4 + width) * num_parameters if keeps_parent else 0,
-        "dora": 2 * 4 * _output_features(shapes) if use_dora else 0,
-        "subtracted_start": 2 * num_parameters * width if subtracts_start else 0,
-        "slice_gradients": 0 if is_one_slice else FURTHER_SLICES * 4 * num_parameters,
-        "lora_products": most_tokens * ranks * width,
-        "beyond_a_slice": max(largest, start, samples_bytes(description, precision, samples)) - usual,
-    }
-
-
-def samples_bytes(description: Mapping[str, Any], precision: str, samples: Mapping[str, Any] | None) -> int:
-    """Return the memory of one pass that answers all sample prompts, and of the keys and values of all its tokens.
-
-    The pass keeps nothing for a backward pass. If no linear layer is named `k_proj`, keys have `hidden_size` features.
-    A prompt is assumed to have at most one token per character; tokens of the chat template are not counted.
-    """
-    if samples is None:
-        return 0
-    num_tokens = sum(len(prompt) + int(samples["max_tokens"]) for prompt in samples["prompts"])
-    shapes: Shapes = description.get("linear_shapes", {})
-    widest = max((max(shape) for shape, _ in shapes.values()), default=0)
-    features = shapes["k_proj"][0][0] if "k_proj" in shapes else int(description.get("hidden_size", 0))
-    kept = 2 * features * int(description.get("num_layers", 0))
-    return num_tokens * (widest * PASSING_NUMBERS_PER_FEATURE + kept) * BYTES_PER_NUMBER[precision]
-
-
-def _start_bytes(description: Mapping[str, Any], precision: str) -> int:
-    """Return the memory to decompose the largest weight: in fp32, with the copy that LAPACK overwrites, both factors
-    and its workspace."""
-    cast = 0 if precision == "float32" else 1
-    sizes = ((2 + cast) * rows * columns + min(rows, columns) ** 2 for rows, columns in _matrices(description))
-    return 4 * max(sizes, default=0)
-
-
-def base_bytes(description: Mapping[str, Any], precision: str, quantization: str = "none") -> int:
-    """Return the bytes of the frozen weights. Quantization covers the linear layers that an adapter may target, but not
-    embeddings, norms and the head."""
-    num_parameters, width = int(description.get("num_parameters", 0)), BYTES_PER_NUMBER[precision]
-    if quantization == "none":
-        return num_parameters * width
-    matrices = _matrices(description)
-    num_quantized = sum(rows * columns * count for (rows, columns), count in matrices.items())
-    of_matrix = {"nf4": _nf4_bytes, "int8": _int8_bytes}[quantization]
-    quantized = sum(of_matrix(rows, columns) * count for (rows, columns), count in matrices.items())
-    return quantized + max(0, num_parameters - num_quantized) * width
-
-
-def _matrices(description: Mapping[str, Any]) -> Counter[tuple[int, int]]:
-    """Count the linear layers that quantization covers, by (out_features, in_features)."""
-    return Counter((linear.out_features, linear.in_features) for linear in linears_of(description))
-
-
-def _nf4_bytes(out_features: int, in_features: int) -> int:
-    """Return half a byte per weight and the double-quantized scales: about 0.516 bytes per weight of a large matrix."""
-    blocks = math.ceil(out_features * in_features / NF4_BLOCK)
-    scales = blocks + 4 * math.ceil(blocks / NF4_SCALE_BLOCK)
-    return math.ceil(out_features * in_features / 2) + scales + NF4_TABLE_BYTES
-
-
-def _int8_bytes(out_features: int, in_features: int) -> int:
-    """Return one byte per weight, and four bytes per row for its scale."""
-    return out_features * in_features + 4 * out_features
-
-
-def activation_bytes_per_token(shapes: Shapes, precision: str, kernels: ElementwiseKernels = "cpu") -> int:
-    """Return the activations that one token of a tick keeps until its backward pass.
-
-    Each linear layer's output is kept by what reads it: attention, the gated activation, or the next norm, after the
-    residual sum. Each input is kept for the gradient of A, once if several layers share it. The kernels of a GPU do not
-    keep RECOMPUTED_INPUTS. Single torch operations keep them, silu(gate), and the residual sum in fp32, of which a norm
-    makes a copy unless the sum is fp32 already. A job with dropout also needs MASK_BYTES_PER_FEATURE.
+@dataclass(frozen=True, slots=True)
+class BaseModelMemory:
+    """Memory of a base model in a trainer, and of the ticks that use it.
 
     A job is accepted before its trainer is known, and its needs assume the kernels of a CPU.
     """
-    others = {name for names in SHARED_INPUTS if names[0] in shapes for name in names[1:]}
-    inputs = _input_features({name: shape for name, shape in shapes.items() if name not in others})
-    if kernels != "cpu" and shapes.keys() >= set(GATED_MLP):
-        if kernels == "cuda":
-            inputs -= _input_features({name: shapes[name] for name in RECOMPUTED_INPUTS if name in shapes})
-        else:
-            inputs += _features_of_torch(shapes, precision)
-    return (_output_features(shapes) + inputs) * BYTES_PER_NUMBER[precision]
+
+    description: Mapping[str, Any]
+    """Of the base model, by lora_core."""
+    precision: str
+    quantization: str = "none"
+    kernels: ElementwiseKernels | None = None
+    """Those of the trainer. None: no trainer has it yet."""
+
+    @property
+    def width(self) -> int:
+        """Bytes of a value in the precision of the base model."""
+        return BYTES_PER_NUMBER[self.precision]
+
+    @property
+    def shapes(self) -> Shapes:
+        return self.description.get("linear_shapes", {})
+
+    @property
+    def output_features(self) -> int:
+        """The sum over all linear layers."""
+        return sum(out_features * count for (out_features, _), count in self.shapes.values())
+
+    @property
+    def input_features(self) -> int:
+        """The sum over all linear layers."""
+        return _input_features(self.shapes)
+
+    def weight_bytes(self) -> int:
+        """Return the bytes of the frozen weights. Quantization covers the linear layers that an adapter may target, but
+        not embeddings, norms and the head."""
+        num_parameters = int(self.description.get("num_parameters", 0))
+        if self.quantization == "none":
+            return num_parameters * self.width
+        matrices = self._matrices()
+        num_quantized = sum(rows * columns * count for (rows, columns), count in matrices.items())
+        of_matrix = {"nf4": _nf4_bytes, "int8": _int8_bytes}[self.quantization]
+        quantized = sum(of_matrix(rows, columns) * count for (rows, columns), count in matrices.items())
+        return quantized + max(0, num_parameters - num_quantized) * self.width
+
+    def trainer_bytes(self) -> int:
+        """Return the memory of a trainer before its first job: the base model and a tick with the tokens of one job."""
+        return self.weight_bytes() + self.tick_bytes(JOB_TOKENS)
+
+    def tick_bytes(self, num_tokens: int) -> int:
+        """Return the sum of `tick_parts`."""
+        return sum(self.tick_parts(num_tokens).values())
+
+    def tick_parts(self, num_tokens: int) -> dict[str, int]:
+        """Return the parts of a tick of `num_tokens`: activations, and one chunk of logits (fp32, with their gradient).
+
+        For a quantized base model also the weights of its largest linear layer, which are dequantized for each matmul.
+        """
+        restored = 0
+        if self.quantization != "none":
+            restored = max((rows * columns for rows, columns in self._matrices()), default=0) * self.width
+        return {
+            "activations": num_tokens * self.activation_bytes_per_token(),
+            "logits": 2 * 4 * LOGIT_CHUNK_ROWS * int(self.description.get("vocab_size", 0)),
+            "restored_weights": restored,
+        }
+
+    def slice_bytes(self) -> int:
+        """Return the activations that one more job adds to a tick that is below its maximum size."""
+        return JOB_TOKENS * self.activation_bytes_per_token()
+
+    def activation_bytes_per_token(self) -> int:
+        """Return the activations that one token of a tick keeps until its backward pass.
+
+        Each linear layer's output is kept by what reads it: attention, the gated activation, or the next norm, after
+        the residual sum. Each input is kept for the gradient of A, once if several layers share it. The kernels of a
+        GPU do not keep RECOMPUTED_INPUTS. Single torch operations keep them, silu(gate), and the residual sum in fp32,
+        of which a norm makes a copy unless the sum is fp32 already. A job with dropout also needs
+        MASK_BYTES_PER_FEATURE.
+        """
+        shapes, kernels = self.shapes, self.kernels or "cpu"
+        others = {name for names in SHARED_INPUTS if names[0] in shapes for name in names[1:]}
+        inputs = _input_features({name: shape for name, shape in shapes.items() if name not in others})
+        if kernels != "cpu" and shapes.keys() >= set(GATED_MLP):
+            if kernels == "cuda":
+                inputs -= _input_features({name: shapes[name] for name in RECOMPUTED_INPUTS if name in shapes})
+            else:  # silu(gate), and of each norm an fp32 copy of its input, in place of the half as large input
+                copied = RECOMPUTED_INPUTS if self.width < 4 else ("down_proj",)
+                inputs += _input_features({name: shapes[name] for name in copied if name in shapes})
+        return (self.output_features + inputs) * self.width
+
+    def recomputed_bytes_per_token(self) -> int:
+        """Return the activations per token with recomputation, on a GPU: the inputs of all blocks, and all of one
+        block."""
+        num_layers = max(1, int(self.description.get("num_layers", 1)))
+        entering = num_layers * int(self.description.get("hidden_size", 0)) * self.width
+        return entering + math.ceil(self.activation_bytes_per_token() / num_layers)
+
+    def decomposition_bytes(self) -> int:
+        """Return the memory to decompose the largest weight: in fp32, with the copy that LAPACK overwrites, both
+        factors and its workspace."""
+        cast = 0 if self.precision == "float32" else 1
+        sizes = ((2 + cast) * rows * columns + min(rows, columns) ** 2 for rows, columns in self._matrices())
+        return 4 * max(sizes, default=0)
+
+    def samples_bytes(self, samples: Mapping[str, Any] | None) -> int:
+        """Return the memory of one pass that answers all sample prompts, and of the keys and values of all its tokens.
+
+        The pass keeps nothing for a backward pass. If no linear layer is named `k_proj`, keys have `hidden_size`
+        features. A prompt is assumed to have at most one token per character; tokens of the chat template are not
+        counted.
+        """
+        if samples is None:
+            return 0
+        num_tokens = sum(len(prompt) + int(samples["max_tokens"]) for prompt in samples["prompts"])
+        shapes = self.shapes
+        widest = max((max(shape) for shape, _ in shapes.values()), default=0)
+        features = shapes["k_proj"][0][0] if "k_proj" in shapes else int(self.description.get("hidden_size", 0))
+        kept = 2 * features * int(self.description.get("num_layers", 0))
+        return num_tokens * (widest * PASSING_NUMBERS_PER_FEATURE + kept) * self.width
+
+    def _matrices(self) -> Counter[tuple[int, int]]:
+        """Count the linear layers that quantization covers, by (out_features, in_features)."""
+        return Counter((linear.out_features, linear.in_features) for linear in linears_of(self.description))
 
 
-def sum_of_ranks(shapes: Shapes, highest_rank: int, num_parameters: int) -> int:
-    """Return an upper bound of the sum of the ranks of a job's linear layers, from its number of parameters."""
-    narrowest = min((sum(shape) for shape, _ in shapes.values()), default=1)
-    return min(highest_rank * sum(count for _, count in shapes.values()), num_parameters // narrowest)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobMemory:
+    """The facts about a job that decide its memory."""
 
+    num_parameters: int
+    """Of its adapter."""
+    dropout: float = 0.0
+    keeps_best: bool = False
+    keeps_parent: bool = False
+    """Whether the loss compares with the parent adapter, whose weights are then in memory too."""
+    use_dora: bool = False
+    init_lora_weights: str | None = None
+    batch_size: int = 1
+    longest_example: int | None = None
+    """Tokens of its longest row or pair of rows, which is never split. None if unknown."""
+    samples: Mapping[str, Any] | None = None
+    optimizer: str = "adamw"
+    lowest_rank: int = 1
+    highest_rank: int = 1
+    slice_tokens: int = SLICE_TOKENS["cpu"]
+    """Maximum tokens of a slice, unless a row is longer."""
 
-def padded_ranks(shapes: Shapes, ranks: int, lowest_rank: int, highest_rank: int) -> int:
-    """Return an upper bound of the sum of `ranks` after the kernels of a GPU have padded each of them."""
-    factor = kernel_width(lowest_rank) / lowest_rank
-    if lowest_rank < highest_rank:
-        factor = max(2, factor)  # above the first width, a padded rank is less than twice as high
-    return min(sum(count for _, count in shapes.values()) * kernel_width(highest_rank), math.ceil(ranks * factor))
+    @classmethod
+    def of_spec(
+        cls,
+        spec: Mapping[str, Any],
+        *,
+        num_parameters: int,
+        longest_example: int | None = None,
+        has_parent: bool = False,
+    ) -> JobMemory:
+        """Return the facts about a job with a resolved specification. `num_parameters`: of its adapter."""
+        lora, evaluation = spec["lora"], spec["evaluation"]
+        by_pattern: Mapping[str, int] = lora.get("rank_pattern") or {}
+        ranks = [int(lora["rank"]), *by_pattern.values()]
+        return cls(
+            num_parameters=num_parameters,
+            dropout=float(lora.get("dropout") or 0),
+            keeps_best=evaluation.get("keep") == "best",
+            keeps_parent=has_parent and compares_with_start(spec.get("method", "supervised")),
+            use_dora=bool(lora.get("use_dora")),
+            init_lora_weights=lora.get("init_lora_weights"),
+            batch_size=int(spec["batch_size"]),
+            longest_example=longest_example,
+            samples=evaluation.get("samples"),
+            optimizer=spec["optimizer"].get("type", "adamw"),
+            lowest_rank=min(ranks),
+            highest_rank=max(ranks),
+            slice_tokens=int(spec.get("slice_tokens") or SLICE_TOKENS["cpu"]),
+        )
+
+    def row_bytes(self, precision: str) -> int:
+        """Return the bytes of the adapter state: weights, gradient and optimizer state, all fp32.
+
+        If the base model is not fp32, a copy of the weights in its precision is included. Adafactor stores in + out +
+        2r values for the r · (in + out) parameters of a layer, and out more with DoRA. A useful r is at most half of in
+        + out, so 3/r of the parameters is enough: rank 16 takes 9 bytes per parameter instead of 16, plus the copy.
+        """
+        number = self.num_parameters
+        copy_bytes = 0 if precision == "float32" else BYTES_PER_NUMBER[precision]
+        vectors = 4 * number * VECTORS_PER_ROW
+        if self.optimizer == "adafactor":
+            vectors = 4 * (2 * number + min(2 * number, math.ceil(3 * number / self.lowest_rank)))
+        return vectors + copy_bytes * number
+
+    def parts(self, base: BaseModelMemory, *, recomputes: bool = False) -> dict[str, int]:
+        """Return the memory of the job itself on any device, without its part of a tick, by part (see `gpus.PARTS`).
+
+        - `row`: the adapter state.
+        - `best_weights`: a copy of the weights, if the job keeps the best ones.
+        - `dora`: a norm and a factor of each output, for all linear layers of the base model (an upper bound).
+        - `subtracted_start`: the initial weights that PiSSA and OLoRA subtract, in the precision of the base model.
+        - `slice_gradients`: gradient buffers of the slices after the first, if a step may have more than one slice.
+        - `lora_products`: A x of each token of the largest slice, padded as by the kernels of a GPU.
+        - `beyond_a_slice`: the largest of three phases that never overlap, minus a slice of JOB_TOKENS: the computation
+          of the initial weights, the largest slice (with dropout masks and the outputs that DoRA scales, for all linear
+          layers), and the pass for the samples.
+
+        The reference pass of a preference loss keeps nothing for a backward pass and is over before the job's own pass
+        begins. `recomputes`: whether the engine recomputes activations when memory is short, as it does on a GPU. A
+        long slice then keeps the inputs of the blocks, one block at a time, and still the values of LoRA, DoRA and
+        dropout. If no trainer has the base yet, the job's largest slice runs with the kernels of the device, and
+        JOB_TOKENS with those of a CPU.
+        """
+        width, number = base.width, self.num_parameters
+        subtracts_start = begins_with_the_base(self.init_lora_weights)
+        step_tokens = self.batch_size * self.longest_example if self.longest_example else math.inf
+        most_tokens = int(max(JOB_TOKENS, self.longest_example or 0, min(self.slice_tokens, step_tokens)))
+        beyond = max(
+            self._largest_slice_bytes(base, most_tokens, recomputes=recomputes),
+            base.decomposition_bytes() if subtracts_start else 0,
+            base.samples_bytes(self.samples),
+        )
+        return {
+            "row": self.row_bytes(base.precision),
+            "best_weights": 4 * number if self.keeps_best else 0,
+            "parent": (4 if base.precision == "float32" else 4 + width) * number if self.keeps_parent else 0,
+            "dora": 2 * 4 * base.output_features if self.use_dora else 0,
+            "subtracted_start": 2 * number * width if subtracts_start else 0,
+            "slice_gradients": 0 if step_tokens <= self.slice_tokens else FURTHER_SLICES * 4 * number,
+            "lora_products": most_tokens * self._sum_of_ranks(base) * width,
+            "beyond_a_slice": beyond - base.slice_bytes(),
+        }
+
+    def _largest_slice_bytes(self, base: BaseModelMemory, num_tokens: int, *, recomputes: bool) -> int:
+        # The kernels of a GPU draw a mask again instead of keeping it.
+        has_masks = self.dropout and not (recomputes and self._fits_gpu_kernels(base.precision))
+        kept = num_tokens * base.input_features * MASK_BYTES_PER_FEATURE if has_masks else 0
+        kept += num_tokens * base.output_features * base.width if self.use_dora else 0
+        on_device = base if base.kernels else replace(base, kernels="cuda" if recomputes else "cpu")
+        largest = num_tokens * on_device.activation_bytes_per_token()
+        if recomputes:
+            recomputed = num_tokens * on_device.recomputed_bytes_per_token()
+            largest = max(base.slice_bytes(), min(largest, recomputed))
+        return largest + kept
+
+    @property
+    def _rank_factor(self) -> int:
+        """PiSSA and OLoRA subtract their initial weights, which doubles the rank."""
+        return 2 if begins_with_the_base(self.init_lora_weights) else 1
+
+    def _fits_gpu_kernels(self, precision: str) -> bool:
+        """Return whether the LoRA kernels of a GPU take the job; see lora_core/layers/tiled_lora.py."""
+        return not self.use_dora and precision != "float32" and self._rank_factor * self.highest_rank <= GPU_KERNEL_RANK
+
+    def _sum_of_ranks(self, base: BaseModelMemory) -> int:
+        """Return an upper bound of the sum of the ranks of the job's linear layers, from its number of parameters,
+        padded if the kernels of a GPU take them."""
+        shapes, factor = base.shapes, self._rank_factor
+        lowest, highest = factor * self.lowest_rank, factor * self.highest_rank
+        num_layers = sum(count for _, count in shapes.values())
+        narrowest = min((sum(shape) for shape, _ in shapes.values()), default=1)
+        ranks = factor * min(self.highest_rank * num_layers, self.num_parameters // narrowest)
+        if not self._fits_gpu_kernels(base.precision):
+            return ranks
+        padding = kernel_width(lowest) / lowest
+        if lowest < highest:
+            padding = max(2, padding)  # above the first width, a padded rank is less than twice as high
+        return min(num_layers * kernel_width(highest), math.ceil(ranks * padding))
 
 
 def kernel_width(rank: int) -> int:
     """Return the numbers of A x that the kernels of a GPU keep for a rank of at most GPU_KERNEL_RANK."""
     return next(width for width in KERNEL_WIDTHS if width >= rank)
-
-
-def _features_of_torch(shapes: Shapes, precision: str) -> int:
-    """Return the features that norms and gated activations of single torch operations keep in addition.
-
-    They are silu(gate), and of each norm an fp32 copy of its input, in place of the half as large input.
-    """
-    copied = RECOMPUTED_INPUTS if BYTES_PER_NUMBER[precision] < 4 else ("down_proj",)
-    return _input_features({name: shapes[name] for name in copied if name in shapes})
-
-
-def _recomputed_bytes_per_token(description: Mapping[str, Any], precision: str, kernels: ElementwiseKernels) -> int:
-    """Return the activations per token with recomputation, on a GPU: the inputs of all blocks, and all of one block."""
-    num_layers = max(1, int(description.get("num_layers", 1)))
-    of_all = activation_bytes_per_token(description.get("linear_shapes", {}), precision, kernels)
-    entering = num_layers * int(description.get("hidden_size", 0)) * BYTES_PER_NUMBER[precision]
-    return entering + math.ceil(of_all / num_layers)
-
-
-def tick_parts(
-    description: Mapping[str, Any],
-    precision: str,
-    quantization: str = "none",
-    *,
-    num_tokens: int,
-    kernels: ElementwiseKernels = "cpu",
-) -> dict[str, int]:
-    """Return the parts of a tick of `num_tokens`: activations, and one chunk of logits (fp32, with their gradient).
-
-    For a quantized base model also the weights of its largest linear layer, which are dequantized for each matmul.
-    """
-    shapes: Shapes = description.get("linear_shapes", {})
-    restored = 0
-    if quantization != "none":
-        largest = max((rows * columns for rows, columns in _matrices(description)), default=0)
-        restored = largest * BYTES_PER_NUMBER[precision]
-    return {
-        "activations": num_tokens * activation_bytes_per_token(shapes, precision, kernels),
-        "logits": 2 * 4 * LOGIT_CHUNK_ROWS * int(description.get("vocab_size", 0)),
-        "restored_weights": restored,
-    }
-
-
-def tick_bytes(
-    description: Mapping[str, Any],
-    precision: str,
-    quantization: str = "none",
-    *,
-    num_tokens: int,
-    kernels: ElementwiseKernels = "cpu",
-) -> int:
-    """Return the sum of `tick_parts`."""
-    return sum(tick_parts(description, precision, quantization, num_tokens=num_tokens, kernels=kernels).values())
-
-
-def slice_bytes(description: Mapping[str, Any], precision: str, kernels: ElementwiseKernels = "cpu") -> int:
-    """Return the activations that one more job adds to a tick that is below its maximum size."""
-    return JOB_TOKENS * activation_bytes_per_token(description.get("linear_shapes", {}), precision, kernels)
 
 
 def tick_tokens(kind: str, *, num_lanes: int) -> int:
@@ -337,19 +358,6 @@ def widens_tick(num_before: int, *, tick_tokens: int) -> bool:
     return 0 < num_before < tick_tokens // JOB_TOKENS
 
 
-def trainer_bytes(
-    description: Mapping[str, Any],
-    precision: str,
-    quantization: str = "none",
-    *,
-    num_tokens: int = JOB_TOKENS,
-    kernels: ElementwiseKernels = "cpu",
-) -> int:
-    """Return the memory of a trainer before its first job: the base model and one tick with the tokens of one job."""
-    base = base_bytes(description, precision, quantization)
-    return base + tick_bytes(description, precision, quantization, num_tokens=num_tokens, kernels=kernels)
-
-
 def readable(num_bytes: float) -> str:
     """Return a size in decimal units for a sentence: `1.5 GB`."""
     for unit in ("bytes", "kB", "MB", "GB"):
@@ -359,11 +367,18 @@ def readable(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TB"
 
 
-def _output_features(shapes: Shapes) -> int:
-    """Return the sum over all linear layers."""
-    return sum(out_features * count for (out_features, _), count in shapes.values())
+def _nf4_bytes(out_features: int, in_features: int) -> int:
+    """Return half a byte per weight and the double-quantized scales: about 0.516 bytes per weight of a large matrix."""
+    blocks = math.ceil(out_features * in_features / NF4_BLOCK)
+    scales = blocks + 4 * math.ceil(blocks / NF4_SCALE_BLOCK)
+    return math.ceil(out_features * in_features / 2) + scales + NF4_TABLE_BYTES
+
+
+def _int8_bytes(out_features: int, in_features: int) -> int:
+    """Return one byte per weight, and four bytes per row for its scale."""
+    return out_features * in_features + 4 * out_features
 
 
 def _input_features(shapes: Shapes) -> int:
-    """Return the sum over all linear layers."""
+    """Return the sum over these linear layers."""
     return sum(in_features * count for (_, in_features), count in shapes.values())

@@ -5,15 +5,16 @@ The arithmetic is in memory.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy.orm import Session
 
-from catalog.resources import memory, sharding
-from catalog.resources.memory import ElementwiseKernels
+from catalog.resources import sharding
+from catalog.resources.memory import BaseModelMemory, JobMemory
 from catalog.resources.pack_key import precision_of, quantization_of
 from catalog.resources.sharding import Demand
-from catalog.spec.methods import compares_with_start
 from catalog.tables.jobs import Job
 from catalog.tables.storage import BaseModelRow
 from catalog.tables.table import Json
@@ -49,21 +50,25 @@ def note(session: Session, job: Job) -> None:
 
 def of(session: Session, job: Job) -> MemoryRequirements:
     """Return the requirements as calculated now."""
-    description = session.get_one(BaseModelRow, job.base_model).description or {}
-    precision, quantization = precision_of(job.pack_key), quantization_of(job.pack_key)
-    own = own_bytes(job, description)
-    divisible, gathered = shardable_bytes(job, description)
+    base = base_memory(job, session.get_one(BaseModelRow, job.base_model).description or {})
+    own = sum(own_parts(job, base).values())
+    divisible, gathered = shardable_bytes(job, base.description)
     return MemoryRequirements(
         own_bytes=own,
-        saved_bytes=own - own_bytes(job, description, recomputes=True),
-        trainer_bytes=memory.trainer_bytes(description, precision, quantization),
-        slice_bytes=memory.slice_bytes(description, precision),
+        saved_bytes=own - sum(own_parts(job, base, recomputes=True).values()),
+        trainer_bytes=base.trainer_bytes(),
+        slice_bytes=base.slice_bytes(),
         shardable_bytes=divisible,
         gathered_bytes=gathered,
     )
 
 
-def shardable_bytes(job: Job, description: Json) -> tuple[int, int]:
+def base_memory(job: Job, description: Json) -> BaseModelMemory:
+    """Return the memory of the job's base model, before a trainer has it. `description`: of the base model."""
+    return BaseModelMemory(description, precision_of(job.pack_key), quantization_of(job.pack_key))
+
+
+def shardable_bytes(job: Job, description: Mapping[str, Any]) -> tuple[int, int]:
     """Return the bytes of its base model that can be sharded, and the bytes of gathered blocks on each device.
 
     Both are 0 if the job needs full weights.
@@ -86,39 +91,15 @@ def demand(job: Job, *, recomputes: bool) -> Demand:
     return Demand(whole_bytes=whole, shardable_bytes=job.shardable_bytes, gathered_bytes=job.gathered_bytes)
 
 
-def own_bytes(
-    job: Job, description: Json, *, recomputes: bool = False, kernels: ElementwiseKernels | None = None
-) -> int:
-    """Return the bytes of the job itself in its trainer, without its part of a tick.
+def own_parts(job: Job, base: BaseModelMemory, *, recomputes: bool = False) -> dict[str, int]:
+    """Return the bytes of the job itself in a trainer, without its part of a tick, by part; see `gpus.PARTS`.
 
-    `description`: of the base model. `recomputes`: whether the device uses activation recomputation. `kernels`: those
-    of the trainer, if there is one.
+    `recomputes`: whether the device uses activation recomputation.
     """
-    return sum(own_parts(job, description, recomputes=recomputes, kernels=kernels).values())
-
-
-def own_parts(
-    job: Job, description: Json, *, recomputes: bool = False, kernels: ElementwiseKernels | None = None
-) -> dict[str, int]:
-    """Return `own_bytes` by part; see `gpus.PARTS`."""
-    spec = job.spec
-    lora = spec["lora"]
-    return memory.own_parts(
-        description,
-        precision_of(job.pack_key),
+    facts = JobMemory.of_spec(
+        job.spec,
         num_parameters=job.adapter_parameters,
-        dropout=float(lora.get("dropout") or 0),
-        keeps_best=spec["evaluation"]["keep"] == "best",
-        use_dora=bool(lora.get("use_dora")),
-        init_lora_weights=lora.get("init_lora_weights"),
-        batch_size=int(spec["batch_size"]),
-        keeps_parent=job.parent_adapter is not None and compares_with_start(spec.get("method", "supervised")),
         longest_example=job.longest_example,
-        samples=spec["evaluation"]["samples"],
-        optimizer=spec["optimizer"].get("type", "adamw"),
-        lowest_rank=memory.lowest_rank(lora),
-        highest_rank=memory.highest_rank(lora),
-        slice_tokens=int(spec.get("slice_tokens") or memory.SLICE_TOKENS["cpu"]),
-        recomputes=recomputes,
-        kernels=kernels,
+        has_parent=job.parent_adapter is not None,
     )
+    return facts.parts(base, recomputes=recomputes)

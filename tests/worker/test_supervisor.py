@@ -18,6 +18,7 @@ from catalog.queue.claiming import Claim
 from catalog.queue.claims import ClaimDirectives
 from catalog.queue.notifier import FileNotifier
 from catalog.resources import memory
+from catalog.resources.memory import BaseModelMemory
 from catalog.scheduling.snapshot import Capacity
 from catalog.states import EndReason
 from catalog.storage.store import ArtifactStore
@@ -250,7 +251,7 @@ def test_memory_of_a_base_that_loads_is_not_free_for_joining_jobs(
 
     capacity: Capacity = free_capacity(site.context, session)
 
-    assert capacity.memory_bytes_free == 10**9 - session.bytes_to_come() < 10**9 - 1000
+    assert capacity.memory_bytes_free == 10**9 - session.memory.to_come() < 10**9 - 1000
 
 
 def test_two_polls_before_the_trainer_is_ready_promise_no_memory_twice(
@@ -260,8 +261,8 @@ def test_two_polls_before_the_trainer_is_ready_promise_no_memory_twice(
     site.context.device = replace(site.context.device, kind="cuda")
     session = site.loading_session(site.claim())
     job_bytes = own_bytes(site.world.queued(suffix="next"))
-    slice_bytes = memory.slice_bytes(DESCRIPTION, "bfloat16")
-    free = memory.trainer_bytes(DESCRIPTION, "bfloat16") + 3 * job_bytes + 2 * slice_bytes
+    slice_bytes = BaseModelMemory(DESCRIPTION, "bfloat16").slice_bytes()
+    free = BaseModelMemory(DESCRIPTION, "bfloat16").trainer_bytes() + 3 * job_bytes + 2 * slice_bytes
     free += site.context.group.reserve_bytes
     monkeypatch.setattr(devices, "free_bytes", lambda _: free)
 
@@ -282,13 +283,13 @@ def test_memory_that_torch_caches_beyond_the_ticks_of_the_jobs_is_free_for_other
     monkeypatch.setattr(devices, "free_bytes", lambda _: 10**9)
     claims = [site.claim(), site.claim()]
     session = site.session(*claims)
-    ticks = memory.tick_bytes(DESCRIPTION, "bfloat16", num_tokens=memory.JOB_TOKENS)
-    ticks += memory.slice_bytes(DESCRIPTION, "bfloat16")
+    ticks = BaseModelMemory(DESCRIPTION, "bfloat16").tick_bytes(memory.JOB_TOKENS)
+    ticks += BaseModelMemory(DESCRIPTION, "bfloat16").slice_bytes()
     ticks += sum(products_bytes(claim.job) for claim in claims)
 
     found = []
     for cached_bytes in (0, ticks, ticks + 5000):
-        session._memory = {"cached_bytes": cached_bytes}
+        session.memory.report = {"cached_bytes": cached_bytes}
         found.append(free_capacity(site.context, session).memory_bytes_free)
 
     assert found == [10**9, 10**9, 10**9 + 5000]

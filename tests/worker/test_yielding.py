@@ -9,7 +9,7 @@ import pytest
 
 from catalog.errors import Unavailable
 from catalog.inference import engines
-from catalog.resources import memory
+from catalog.resources.memory import BaseModelMemory
 from catalog.tables.inference import WantedBase
 from catalog.tables.tasks import Task
 from catalog.tasks.task_queue import MAX_ATTEMPTS, TaskKind
@@ -137,7 +137,7 @@ def test_pause_between_two_requests_of_a_client_shortens_no_stay(
 def test_memory_of_answers_on_a_gpu_is_free_for_another_base_model(
     site: PackSite, session: TrainerSession, trainer: TrainerEnd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needed = memory.trainer_bytes(DESCRIPTION, "bfloat16") + site.context.group.reserve_bytes
+    needed = BaseModelMemory(DESCRIPTION, "bfloat16").trainer_bytes() + site.context.group.reserve_bytes
     site.context.device = replace(site.context.device, kind="cuda")
     monkeypatch.setattr(node, "free_bytes", lambda _: 0)
     ask(site, session, trainer)

@@ -41,20 +41,20 @@ def free_capacity(context: WorkerContext, session: TrainerSession | None = None)
             recomputes=context.device.recomputes,
             group=group,
         )
-    when_empty = free_bytes + session.bytes_in_use()
+    when_empty = free_bytes + session.memory.in_use()
     if session.ready is not None:
         when_empty += group.reserve_bytes
     if not len(session) and session.ready is not None:
         free_bytes += int(session.ready["memory"]["base_bytes"]) + group.reserve_bytes
-    free_bytes += session.spare_bytes()
+    free_bytes += session.memory.spare()
     return Capacity(
         max_jobs=max_jobs,
-        memory_bytes_free=max(0, free_bytes - session.bytes_to_come()),
+        memory_bytes_free=max(0, free_bytes - session.memory.to_come()),
         memory_bytes_when_empty=when_empty,
         resident_key=session.pack_key,
         num_jobs=len(session),
         tick_tokens=tick_tokens,
-        slice_bytes=session.slice_bytes(),
+        slice_bytes=session.memory.slice_bytes(),
         recomputes=context.device.recomputes,
         group=group,
         holding=session.holding,

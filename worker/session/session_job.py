@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from catalog.lifecycle.recording import KEPT_CHECKPOINTS
 from catalog.queue.claiming import Claim
 from catalog.queue.claims import ClaimDirectives
-from catalog.resources import requirements
-from catalog.resources.memory import ElementwiseKernels
 from catalog.states import EndReason, is_suspect
 from catalog.tables.history import Checkpoint
 from catalog.tables.table import Json
@@ -75,16 +73,6 @@ class SessionJob:
         """Whether the job must train alone, because earlier attempts failed. This ends with its next checkpoint."""
         job = self.claim.job
         return not self.recorded_step and is_suspect(job.counted_attempts, job.lost_attempts)
-
-    def own_parts(self, description: Json, *, recomputes: bool, kernels: ElementwiseKernels | None) -> dict[str, int]:
-        """Return `own_bytes` by part."""
-        return requirements.own_parts(self.claim.job, description, recomputes=recomputes, kernels=kernels)
-
-    def own_bytes(self, description: Json, *, recomputes: bool, kernels: ElementwiseKernels | None) -> int:
-        """Return the memory that the job needs in its trainer, without its part of a tick. description: of the base
-        model. recomputes: whether the device uses activation checkpointing. kernels: the trainer's, once it is
-        ready."""
-        return sum(self.own_parts(description, recomputes=recomputes, kernels=kernels).values())
 
     def drop_outdated(self) -> None:
         """Remove the unrecorded checkpoints that newer ones have superseded."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from catalog.registry import base_models
-from catalog.resources import memory, requirements
+from catalog.resources import requirements
+from catalog.resources.memory import BaseModelMemory
 from catalog.resources.pack_key import precision_of, quantization_of
 from catalog.resources.sharding import Demand, Strategy, block_bytes, hindrance, reason
 from catalog.tables.jobs import Job
@@ -42,7 +43,7 @@ def base_demand(context: WorkerContext, base: BaseToLoad) -> Demand:
     can_shard = hindrance({}, quantization, description) is None
     shardable_bytes, gathered_bytes = block_bytes(description, precision) if can_shard else (0, 0)
     return Demand(
-        whole_bytes=memory.trainer_bytes(description, precision, quantization),
+        whole_bytes=BaseModelMemory(description, precision, quantization).trainer_bytes(),
         shardable_bytes=shardable_bytes,
         gathered_bytes=gathered_bytes,
     )

@@ -19,10 +19,8 @@ from catalog.logs import Subjects
 from catalog.queue import claims
 from catalog.queue.claiming import Claim
 from catalog.queue.claims import ClaimDirectives
-from catalog.resources import memory, throughput
-from catalog.resources.memory import ElementwiseKernels
-from catalog.resources.pack_key import precision_of, quantization_of
-from catalog.resources.sharding import Demand, ShardingStrategy, Strategy, block_bytes
+from catalog.resources import throughput
+from catalog.resources.sharding import ShardingStrategy, Strategy
 from catalog.resources.throughput import Speeds
 from catalog.states import EndReason
 from catalog.storage.manifest import DamagedArtifact
@@ -32,7 +30,6 @@ from worker.background.child_task import Abandoned
 from worker.background.tokenization import FileRefused
 from worker.context.context import WorkerContext
 from worker.inference.session import InferenceSession
-from worker.node import devices
 from worker.protocol.mailbox import EventReader, InboxWriter, MalformedEvent, TrainerDirectory, Verb, applying
 from worker.protocol.trainer_paths import UnsafePath
 from worker.session import staging
@@ -40,6 +37,7 @@ from worker.session.base_load import BaseLoad
 from worker.session.event_handlers import EventHandlers, Next
 from worker.session.failures import TrainerEnd, inbox_failure, job_failure
 from worker.session.job_logs import Output, cleaned
+from worker.session.memory_ledger import MemoryLedger
 from worker.session.metrics_buffer import Curve
 from worker.session.session_job import STOPPED, End, SessionJob, requested_verb
 from worker.session.sharding import strategy_for
@@ -100,7 +98,6 @@ class TrainerSession:
         self.speeds = throughput.UNKNOWN
         """The trainer's measured throughput."""
         self._context = context
-        self._description = description
         self.inference = InferenceSession(context.inference_server, context.store, directory)
         self._load = load
         self._inbox = InboxWriter(directory)
@@ -108,10 +105,10 @@ class TrainerSession:
         self._handlers = EventHandlers(context, directory, trainer_id)
         self._output = Output(context, directory)
         self._held: dict[str, SessionJob] = {}
+        self.memory = MemoryLedger(context, description, pack_key, holding=self.holding, jobs=self._held)
         self._is_ready_recorded = False
         self._had_requests = False
         self._unloading_since: float | None = None
-        self._memory: Json = {}
 
     def __len__(self) -> int:
         return len(self._held)
@@ -147,83 +144,6 @@ class TrainerSession:
         if self.pack_key != job.pack_key:
             return False
         return self.strategy == strategy_for(self._context, job)
-
-    def bytes_to_come(self) -> int:
-        """Return the memory that the trainer has yet to allocate for its jobs.
-
-        Until it has admitted its first job, this includes the base model and the first tick. For each further job, it
-        includes the slice by which the tick grows.
-        """
-        pending = [held for held in self._held.values() if not held.is_admitted]
-        num_admitted = len(self._held) - len(pending)
-        return self._bytes_of(pending, num_others=num_admitted) + (0 if num_admitted else self._trainer_bytes_to_come())
-
-    def predicted_bytes(self) -> int:
-        """Return the estimated memory of the trainer with all its jobs, as estimated for their admission."""
-        return self._bytes_of(list(self._held.values()), num_others=0) + self._whole_trainer_bytes()
-
-    def _bytes_of(self, jobs: list[SessionJob], *, num_others: int) -> int:
-        """Return the memory of these jobs and of the slices by which they widen the tick, given the number of other
-        jobs in the trainer."""
-        slice_bytes = self.slice_bytes()
-        tick_tokens = memory.tick_tokens(self._context.device.kind, num_lanes=devices.num_threads())
-        total = 0
-        for number, held in enumerate(jobs, start=num_others):
-            recomputes = self._context.device.recomputes
-            total += held.own_bytes(self._description, recomputes=recomputes, kernels=self._kernels)
-            total += slice_bytes if memory.widens_tick(number, tick_tokens=tick_tokens) else 0
-        return total
-
-    def slice_bytes(self) -> int:
-        """Return the activations that one more job adds to its tick: with the trainer's own kernels once it is ready,
-        and before that as estimated for the admission of jobs."""
-        return memory.slice_bytes(self._description, precision_of(self.pack_key), self._kernels or "cpu")
-
-    @property
-    def _kernels(self) -> ElementwiseKernels | None:
-        """Return which kernels compute norms and gated activations. None until the trainer is ready."""
-        return None if self.ready is None else self.ready.get("elementwise_kernels")
-
-    def bytes_in_use(self) -> int:
-        """Return the memory that unloading the trainer would free, by its last report. A GPU's allocator keeps the
-        memory of its largest tick. A CPU's allocator returns most of it."""
-        memory = self._memory
-        whole = int(memory.get("base_bytes", 0)) + int(memory.get("adapter_bytes", 0))
-        return max(whole, int(memory.get("peak_bytes", 0))) if self._context.device.kind == "cuda" else whole
-
-    def spare_bytes(self) -> int:
-        """Return the memory that torch keeps on the GPU beyond the ticks of the admitted jobs, as estimated. Ticks
-        use it while no other job needs it, and later activations are recomputed instead, but not LoRA's products."""
-        held = [each for each in self._held.values() if each.is_admitted]
-        admitted, recomputes = len(held), self._context.device.recomputes
-        tick_tokens = memory.tick_tokens(self._context.device.kind, num_lanes=devices.num_threads())
-        precision, quantization = precision_of(self.pack_key), quantization_of(self.pack_key)
-        counted = memory.tick_bytes(
-            self._description, precision, quantization, num_tokens=memory.JOB_TOKENS, kernels=self._kernels or "cpu"
-        )
-        num_slices = sum(memory.widens_tick(number, tick_tokens=tick_tokens) for number in range(admitted))
-        counted += num_slices * self.slice_bytes()
-        parts = [each.own_parts(self._description, recomputes=recomputes, kernels=self._kernels) for each in held]
-        products = sorted((each["lora_products"] for each in parts), reverse=True)
-        counted += sum(products[: 1 + num_slices])  # a tick has no slices of further jobs
-        return max(0, int(self._memory.get("cached_bytes", 0)) - counted)
-
-    def _trainer_bytes_to_come(self) -> int:
-        """Return the memory that the base model and the first tick still need, before any job is admitted. A trainer
-        that is ready and empty needs none."""
-        whole = self._whole_trainer_bytes()
-        if self.ready is None:
-            return whole + self._context.group.reserve_bytes
-        return max(0, whole - int(self.ready["memory"]["base_bytes"])) if self._held else 0
-
-    def _whole_trainer_bytes(self) -> int:
-        precision, quantization = precision_of(self.pack_key), quantization_of(self.pack_key)
-        whole = memory.trainer_bytes(self._description, precision, quantization, kernels=self._kernels or "cpu")
-        if self.holding == "replicated":
-            return whole
-        divisible, gathered = block_bytes(self._description, precision)
-        demand = Demand(whole_bytes=whole, shardable_bytes=divisible, gathered_bytes=gathered)
-        return self._context.group.allocated_bytes(demand, self.holding)
 
     # To the trainer
 
@@ -383,12 +303,13 @@ class TrainerSession:
         elif event["type"] == "ready":
             if "base_bytes" not in event["memory"]:
                 raise MalformedEvent("is a 'ready' event without the memory of the base model")
-            self.ready, self._memory = _without(event, "spans"), event["memory"]
+            self.ready = _without(event, "spans")
+            self.memory.ready(event)
             self.idle_since = time.monotonic()
             for claim_id in self._held:
                 self._context.spans.reported(claim_id, event)
         elif event["type"] == "memory":
-            self._memory = event
+            self.memory.report = event
             self.speeds = Speeds.of_report(event.get("tick_speeds"))
             self._context.heartbeat.status["report"] |= {name: event[name] for name in IN_HEARTBEAT if name in event}
         elif event["type"] == "load_refused":

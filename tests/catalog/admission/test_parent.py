@@ -11,7 +11,7 @@ from catalog.admission.accept import exported_shape
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.jobs import commands
 from catalog.registry import adapters, base_models
-from catalog.resources import memory
+from catalog.resources.memory import BaseModelMemory, JobMemory
 from catalog.spec.job import JobSpec
 from catalog.spec.lora import LoraRequest, resolve_lora
 from catalog.tables.fleet import SILENT_SECONDS
@@ -194,9 +194,8 @@ def test_adapter_lists_its_children(world: World, parent: Adapter) -> None:
 
 def test_kept_parent_weights_add_to_the_memory_of_a_job() -> None:
     def taken(precision: str, *, keeps_parent: bool = False) -> int:
-        given: dict[str, Any] = {"num_parameters": 1000, "dropout": 0.0, "keeps_parent": keeps_parent}
-        given |= {"lowest_rank": 1, "highest_rank": 1}
-        return sum(memory.own_parts(DESCRIPTION, precision, **given).values())
+        facts = JobMemory(num_parameters=1000, keeps_parent=keeps_parent)
+        return sum(facts.parts(BaseModelMemory(DESCRIPTION, precision)).values())
 
     assert taken("float32", keeps_parent=True) - taken("float32") == 4000
     assert taken("bfloat16", keeps_parent=True) - taken("bfloat16") == 6000

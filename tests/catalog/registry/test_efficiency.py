@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from catalog.registry import efficiency
-from catalog.resources import memory
+from catalog.resources.memory import BYTES_PER_NUMBER, BaseModelMemory, JobMemory
 from tests.catalog.world import linears
 
 NUM_BASE, NUM_TRAINED = 1_000_000, 20_000
@@ -24,6 +24,8 @@ def record(**spec: Any) -> dict[str, Any]:
         "precision": "bfloat16",
         "lora": {"rank": 8},
         "optimizer": {"type": "adamw"},
+        "evaluation": {"keep": "last", "samples": None},
+        "batch_size": 8,
         **spec,
     }
     return {
@@ -67,7 +69,7 @@ def test_full_fine_tuning_with_adamw_takes_16_bytes_per_parameter(precision: str
     states = full["weights"] + full["gradients"] + full["optimizer_state"]
     assert states == 16 * NUM_BASE
     assert full["total"] == states + full["activations"]
-    width = memory.BYTES_PER_NUMBER[precision]
+    width = BYTES_PER_NUMBER[precision]
     assert (full["weights"], full["gradients"]) == (width * NUM_BASE, width * NUM_BASE)
 
 
@@ -79,9 +81,8 @@ def test_memory_of_lora_is_the_frozen_base_and_the_state_of_the_adapter(precisio
     assert lora["weights"] == width * (NUM_BASE + NUM_TRAINED)
     assert lora["gradients"] == 4 * NUM_TRAINED
     assert lora["optimizer_state"] == (8 if precision == "float32" else 12) * NUM_TRAINED
-    assert lora["weights"] + lora["gradients"] + lora["optimizer_state"] == width * NUM_BASE + memory.row_bytes(
-        NUM_TRAINED, precision
-    )
+    row_bytes = JobMemory(num_parameters=NUM_TRAINED).row_bytes(precision)
+    assert lora["weights"] + lora["gradients"] + lora["optimizer_state"] == width * NUM_BASE + row_bytes
     assert lora["activations"] == usage["full_fine_tuning"]["activations"] > 0
     assert usage["share"] == lora["total"] / usage["full_fine_tuning"]["total"] < 1
 
@@ -94,8 +95,9 @@ def test_another_optimizer_and_a_quantized_base_change_only_lora() -> None:
 
     assert other["full_fine_tuning"] == plain["full_fine_tuning"]
     assert other["lora"]["optimizer_state"] < plain["lora"]["optimizer_state"]
-    width = memory.BYTES_PER_NUMBER["bfloat16"]
-    assert other["lora"]["weights"] == memory.base_bytes(DESCRIPTION, "bfloat16", "nf4") + width * NUM_TRAINED
+    width = BYTES_PER_NUMBER["bfloat16"]
+    base_bytes = BaseModelMemory(DESCRIPTION, "bfloat16", "nf4").weight_bytes()
+    assert other["lora"]["weights"] == base_bytes + width * NUM_TRAINED
     assert other["lora"]["activations"] - plain["lora"]["activations"] == 64 * 64 * 2
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from catalog.resources import memory
+from catalog.resources.memory import BaseModelMemory, JobMemory
 from catalog.spec.target_modules import Adapted, Linear
 from lora_core.kernels.gpu.tables import WIDTHS
 from tests.catalog.world import linears
@@ -34,13 +35,15 @@ def own_bytes(
 
 
 def own_parts(description: dict[str, Any], precision: str, **options: Any) -> dict[str, int]:
-    given: dict[str, Any] = {"num_parameters": 1000, "dropout": 0.0, "lowest_rank": 1, "highest_rank": 1}
-    return memory.own_parts(description, precision, **given | options)
+    recomputes = options.pop("recomputes", False)
+    given: dict[str, Any] = {"num_parameters": 1000} | options
+    facts = JobMemory(**given)
+    return facts.parts(BaseModelMemory(description, precision), recomputes=recomputes)
 
 
 def test_adapter_state_has_four_fp32_vectors_and_a_copy_in_the_base_dtype() -> None:
-    assert memory.row_bytes(1000, "float32") == 16_000
-    assert memory.row_bytes(1000, "bfloat16") == 18_000
+    assert JobMemory(num_parameters=1000).row_bytes("float32") == 16_000
+    assert JobMemory(num_parameters=1000).row_bytes("bfloat16") == 18_000
 
 
 def test_keeping_the_best_weights_adds_one_vector() -> None:
@@ -55,7 +58,7 @@ def test_possible_second_slice_adds_a_gradient() -> None:
 
 def test_long_slices_count_in_full_unless_a_step_is_shorter() -> None:
     description = {"linear_shapes": SHAPES}
-    a_token = memory.activation_bytes_per_token(SHAPES, "bfloat16")
+    a_token = BaseModelMemory({"linear_shapes": SHAPES}, "bfloat16").activation_bytes_per_token()
     usual = own_bytes(description, "bfloat16")
     long = memory.SLICE_TOKENS["cuda"]
 
@@ -72,7 +75,7 @@ def test_initialization_and_samples_add_memory_only_beyond_a_slice() -> None:
     plain = own_bytes({"linear_shapes": SHAPES}, "bfloat16")
 
     assert own_bytes({"linear_shapes": SHAPES}, "bfloat16", samples=few) == plain
-    slice_bytes = memory.slice_bytes({"linear_shapes": SHAPES}, "bfloat16")
+    slice_bytes = BaseModelMemory({"linear_shapes": SHAPES}, "bfloat16").slice_bytes()
     answers = 8 * 2128 * 64 * 6 * 2
     assert own_bytes({"linear_shapes": SHAPES}, "bfloat16", samples=many) == plain + answers - slice_bytes
     sized = {"linear_shapes": SHAPES, "hidden_size": 64, "num_layers": 3}
@@ -80,10 +83,10 @@ def test_initialization_and_samples_add_memory_only_beyond_a_slice() -> None:
     assert own_bytes(sized, "bfloat16", samples=many) == plain + answers + keys - slice_bytes
     grouped = sized | {"linear_shapes": SHAPES | {"k_proj": [[16, 64], 3]}}
     fewer = own_bytes(grouped, "bfloat16", samples=many) - own_bytes(grouped, "bfloat16")
-    assert fewer == answers + keys // 4 - memory.slice_bytes(grouped, "bfloat16")
+    assert fewer == answers + keys // 4 - BaseModelMemory(grouped, "bfloat16").slice_bytes()
     start = 4 * (3 * 8192 * 512 + 512 * 512)
     begun = own_bytes(tall, "bfloat16", init_lora_weights="pissa")
-    assert begun == own_bytes(tall, "bfloat16") + 4 * 1000 + start - memory.slice_bytes(tall, "bfloat16")
+    assert begun == own_bytes(tall, "bfloat16") + 4 * 1000 + start - BaseModelMemory(tall, "bfloat16").slice_bytes()
 
 
 def test_activation_checkpointing_reduces_the_memory_of_long_rows() -> None:
@@ -153,9 +156,9 @@ def test_padding_of_unequal_ranks_is_not_underestimated() -> None:
 
 def test_products_of_a_job_with_few_linear_layers_follow_from_its_parameters() -> None:
     """One layer of rank 100, and none in the others."""
-    parameters = 100 * (16 + 32)
+    parts = own_parts({"linear_shapes": SHAPES}, "float32", num_parameters=100 * (16 + 32), highest_rank=100)
 
-    assert memory.sum_of_ranks(SHAPES, 100, parameters) == 100
+    assert parts["lora_products"] == 1024 * 100 * 4
 
 
 def test_pissa_initialization_is_kept_in_the_precision_of_the_base() -> None:
@@ -177,4 +180,4 @@ def test_rows_longer_than_a_slice_add_activations() -> None:
     longer = own_bytes(description, "bfloat16", longest_example=1500)
 
     assert usual == own_bytes(description, "bfloat16", longest_example=513)
-    assert longer - usual == 476 * memory.activation_bytes_per_token(SHAPES, "bfloat16")
+    assert longer - usual == 476 * BaseModelMemory({"linear_shapes": SHAPES}, "bfloat16").activation_bytes_per_token()

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from catalog.resources import memory, sharding
+from catalog.resources import sharding
 from catalog.resources.gpus import CARDS, MIB
+from catalog.resources.memory import BaseModelMemory
 from catalog.resources.sharding import NEVER, Demand, DeviceGroup, ShardingStrategy, Wanted
 from catalog.scheduling.ordering import order
 from catalog.scheduling.packing import choose_joiners, choose_pack
@@ -56,7 +57,7 @@ SEVENTY = llama(hidden=8192, keys=1024, inner=28672, layers=80, vocabulary=12825
 def demand(description: dict[str, Any], precision: str = "bfloat16", *, own: int = GB) -> Demand:
     """Return the demand of a job that needs `own` bytes in addition to its trainer."""
     divisible, gathered = sharding.block_bytes(description, precision)
-    whole = memory.trainer_bytes(description, precision) + own
+    whole = BaseModelMemory(description, precision).trainer_bytes() + own
     return Demand(whole_bytes=whole, shardable_bytes=divisible, gathered_bytes=gathered)
 
 
@@ -72,9 +73,9 @@ def test_reference_models_have_the_expected_sizes() -> None:
     # A tick of 1,024 tokens keeps the outputs of all layers, and each input once: for 70B 1024 · 80 ·
     # (6 · 8192 + 2 · 1024 + 3 · 28672) values of 2 bytes. Its logits are 2 · 256 · 128256 values of 4 bytes. The
     # weights add 141,107,412,992 bytes.
-    assert memory.trainer_bytes(SEVENTY, "bfloat16") == 141_107_412_992 + 22_481_469_440 + 262_668_288
+    assert BaseModelMemory(SEVENTY, "bfloat16").trainer_bytes() == 141_107_412_992 + 22_481_469_440 + 262_668_288
     # For 7B: 1024 · 32 · (8 · 4096 + 3 · 11008) values, and logits of 2 · 256 · 32000.
-    assert memory.trainer_bytes(SEVEN, "bfloat16") == 13_476_831_232 + 4_311_744_512 + 65_536_000
+    assert BaseModelMemory(SEVEN, "bfloat16").trainer_bytes() == 13_476_831_232 + 4_311_744_512 + 65_536_000
     # Three full blocks exist at one time: the one that computes, and the next one twice.
     assert sharding.block_bytes(SEVENTY, "bfloat16") == (136_904_704_000, 3 * 1_711_308_800)
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from catalog.resources import memory
+from catalog.resources.memory import BaseModelMemory
 from lora_core.base_model.model import BaseModel, describe_base, load_base
 from lora_core.base_model.quantization import quantization_config
 from lora_core.engine.engine import Engine
@@ -193,6 +193,6 @@ def test_nf4_matches_qlora_and_int8_has_no_outlier_columns():
 @pytest.mark.parametrize(("family", "dtype"), [("llama", "bfloat16"), ("llama", "float32"), ("gpt2", "bfloat16")])
 def test_estimated_bytes_match_those_of_a_loaded_quantized_base(base_dirs, family, dtype, kind):
     """The service estimates the bytes from the description alone, before anything is loaded."""
-    estimated = memory.base_bytes(describe_base(base_dirs[family]), dtype, kind)
+    estimated = BaseModelMemory(describe_base(base_dirs[family]), dtype, kind).weight_bytes()
 
     assert estimated == pytest.approx(load(base_dirs, family, kind, dtype).num_bytes, rel=0.02)

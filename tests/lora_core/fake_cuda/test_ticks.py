@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from catalog.resources import memory
+from catalog.resources.memory import BaseModelMemory, ElementwiseKernels, kernel_width
 from lora_core.base_model.sharding import Strategy, offloads
 from tests.lora_core.classifiers import classification_jobs
 from tests.lora_core.distributed.test_ranks import BY_ZERO3
@@ -149,11 +149,13 @@ def linear_shapes(shape: str) -> dict[str, Any]:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("elementwise", "kernels"), [("compiled", "cuda"), ("eager", "torch")])
 def test_the_memory_estimate_counts_what_a_layer_keeps(
-    answer: Answer, shape: str, elementwise: str, kernels: memory.ElementwiseKernels
+    answer: Answer, shape: str, elementwise: str, kernels: ElementwiseKernels
 ) -> None:
     chosen = {"elementwise": elementwise}
 
-    counted = memory.activation_bytes_per_token(linear_shapes(shape), "bfloat16", kernels)
+    counted = BaseModelMemory(
+        {"linear_shapes": linear_shapes(shape)}, "bfloat16", kernels=kernels
+    ).activation_bytes_per_token()
 
     kept = per_layer(answer, shape, kernels=chosen)["kept_bytes"]
     assert kept == pytest.approx(counted, rel=0.1)
@@ -167,8 +169,9 @@ def test_the_memory_estimate_counts_what_a_layer_keeps(
 def test_the_memory_estimate_counts_the_small_products_of_any_rank(answer: Answer, rank: int) -> None:
     """In the smallest model they are a sixth of all at rank 128."""
     shapes = linear_shapes("smollm2")
-    counted = memory.activation_bytes_per_token(shapes, "bfloat16", "cuda")
-    counted += 2 * len(shapes) * memory.kernel_width(rank)
+    base = BaseModelMemory({"linear_shapes": shapes}, "bfloat16", kernels="cuda")
+    counted = base.activation_bytes_per_token()
+    counted += 2 * len(shapes) * kernel_width(rank)
 
     assert per_layer(answer, "smollm2", rank=rank)["kept_bytes"] == pytest.approx(counted, rel=0.005)
     tick = answer("tick", shape="smollm2", num_layers=2, rank=rank)
@@ -181,7 +184,9 @@ def test_memory_is_that_of_single_operations_if_no_kernel_has_the_numbers_of_nor
 ) -> None:
     """Gemma norms multiply by 1 + w, and its gates are GELU. Gemma 2 has norms behind attention and MLP too, which the
     estimate does not count."""
-    counted = memory.activation_bytes_per_token(linear_shapes("8b"), "bfloat16", "torch")
+    counted = BaseModelMemory(
+        {"linear_shapes": linear_shapes("8b")}, "bfloat16", kernels="torch"
+    ).activation_bytes_per_token()
 
     kept = per_layer(answer, "8b", family=family)["kept_bytes"]
 
@@ -198,9 +203,11 @@ def test_memory_is_that_of_single_operations_if_no_kernel_has_the_numbers_of_nor
 @pytest.mark.slow
 @pytest.mark.parametrize(("elementwise", "kernels"), [("compiled", "cuda"), ("eager", "torch")])
 def test_the_memory_estimate_counts_what_a_layer_of_float32_keeps(
-    answer: Answer, elementwise: str, kernels: memory.ElementwiseKernels
+    answer: Answer, elementwise: str, kernels: ElementwiseKernels
 ) -> None:
-    counted = memory.activation_bytes_per_token(linear_shapes("smollm2"), "float32", kernels)
+    counted = BaseModelMemory(
+        {"linear_shapes": linear_shapes("smollm2")}, "float32", kernels=kernels
+    ).activation_bytes_per_token()
 
     kept = per_layer(answer, "smollm2", kernels={"elementwise": elementwise}, dtype="float32")["kept_bytes"]
     assert kept == pytest.approx(counted, rel=0.1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from catalog.resources.memory import activation_bytes_per_token
+from catalog.resources.memory import BaseModelMemory
 from lora_core.base_model.model import BaseModel
 from lora_core.base_model.patching import Attachment
 from lora_core.engine.engine import Engine
@@ -175,7 +175,8 @@ def test_initial_estimate_with_compiled_kernels_is_that_of_the_service(shape: st
         for is_compiled in (True, False)
     )
 
-    assert compiled == 1.25 * activation_bytes_per_token(shapes, "bfloat16", "cuda")
+    base = BaseModelMemory({"linear_shapes": shapes}, "bfloat16", kernels="cuda")
+    assert compiled == 1.25 * base.activation_bytes_per_token()
     assert single == 1.25 * 2 * layers * (sum(outputs.values()) + sum(inputs.values()))
     assert shape != "8b" or 8192 * compiled < 0.9 * 55e9 < 8192 * single
 

@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from catalog.resources import memory
+from catalog.resources.memory import BaseModelMemory
 from lora_core.losses import chunked_cross_entropy
 from lora_core.losses import cross_entropy as label_scores
 from lora_core.losses.chunked_cross_entropy import CHUNK_LABELS, GPU_CHUNK_LABELS, Head, score_labels, weighted_loss
@@ -141,11 +141,11 @@ def test_a_chunk_of_logits_takes_the_memory_that_is_counted(monkeypatch, options
     with PeakMemory() as found:
         weighted_loss(h, head, labels, weights, smoothing)
 
-    counted = memory.tick_parts({"vocab_size": num_classes}, "bfloat16", num_tokens=0)["logits"]
+    counted = BaseModelMemory({"vocab_size": num_classes}, "bfloat16").tick_parts(0)["logits"]
     others = head.weight_VD.nbytes + num_labels * (4 * D + 64)
     assert counted / 4 < found.peak_bytes <= counted + others
 
 
 def test_a_chunk_of_a_gpu_takes_the_memory_that_is_counted():
     """There a kernel overwrites logits of bf16, and no other tensor has their size."""
-    assert memory.tick_parts({"vocab_size": V}, "bfloat16", num_tokens=0)["logits"] == 2 * GPU_CHUNK_LABELS * V
+    assert BaseModelMemory({"vocab_size": V}, "bfloat16").tick_parts(0)["logits"] == 2 * GPU_CHUNK_LABELS * V

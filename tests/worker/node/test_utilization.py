@@ -170,11 +170,11 @@ def test_the_predicted_memory_of_a_pack_grows_with_each_job(site: PackSite) -> N
         site.queued()
     first, *others = site.claim_all()
     session = site.session(first)
-    alone = session.predicted_bytes()
+    alone = session.memory.predicted()
 
     for claim in others:
         session.admit(claim)
 
     assert alone > 0
-    assert session.predicted_bytes() > alone
-    assert session.predicted_bytes() - session.bytes_to_come() == pytest.approx(alone, rel=1e-9)
+    assert session.memory.predicted() > alone
+    assert session.memory.predicted() - session.memory.to_come() == pytest.approx(alone, rel=1e-9)

@@ -13,7 +13,8 @@ import pytest
 
 from catalog.db.database import Database
 from catalog.errors import Unavailable
-from catalog.resources import memory, requirements
+from catalog.resources import requirements
+from catalog.resources.memory import BaseModelMemory, ElementwiseKernels
 from catalog.resources.sharding import DeviceGroup, host_bytes, reported_group
 from catalog.settings import Settings
 from catalog.tables.fleet import Worker
@@ -47,11 +48,11 @@ def loading(site: PackSite, strategy: Any, *, pack_key: str = "b:bfloat16:causal
 
 def test_a_trainer_of_a_sharded_base_is_predicted_to_take_one_shard(sharded_site: PackSite) -> None:
     replicated, sharded = (
-        loading(sharded_site, "replicated").bytes_to_come(),
-        loading(sharded_site, "fsdp2").bytes_to_come(),
+        loading(sharded_site, "replicated").memory.to_come(),
+        loading(sharded_site, "fsdp2").memory.to_come(),
     )
 
-    assert replicated == memory.trainer_bytes(DESCRIPTION, "bfloat16")
+    assert replicated == BaseModelMemory(DESCRIPTION, "bfloat16").trainer_bytes()
     assert sharded == replicated - 16_000 + 8_000 + 3 * 2_000
 
 
@@ -63,10 +64,10 @@ def test_a_trainer_of_an_offloaded_base_is_predicted_to_keep_no_shard_on_gpu(
     )
     monkeypatch.setattr(node, "free_bytes", lambda _: 10**11)
     session = loading(sharded_site, "fsdp2_offload")
-    left = memory.trainer_bytes(DESCRIPTION, "bfloat16") - 16_000
+    left = BaseModelMemory(DESCRIPTION, "bfloat16").trainer_bytes() - 16_000
 
     # Three blocks of 2,000 bytes, and the half of the next block that is transferred.
-    assert session.bytes_to_come() - sharded_site.context.group.reserve_bytes == left + 6_000 + 1_000
+    assert session.memory.to_come() - sharded_site.context.group.reserve_bytes == left + 6_000 + 1_000
     assert (session.holding, sharded_site.context.host_bytes) == ("offloaded", host_bytes(10**11, num_processes=2))
     sharded_site.context.settings = sharded_site.context.settings.model_copy(update={"cpu_offload_bytes": 5})
     assert sharded_site.context.group.host_bytes == 5
@@ -80,9 +81,9 @@ def test_communication_buffers_of_several_gpus_are_reserved_until_allocated(
     monkeypatch.setattr(node, "free_bytes", lambda _: 10**11)
     reserve = sharded_site.context.group.reserve_bytes
     session = loading(sharded_site, "fsdp2")
-    to_come = session.bytes_to_come()
+    to_come = session.memory.to_come()
 
-    assert to_come - reserve == memory.trainer_bytes(DESCRIPTION, "bfloat16") - 2_000
+    assert to_come - reserve == BaseModelMemory(DESCRIPTION, "bfloat16").trainer_bytes() - 2_000
     assert free_capacity(sharded_site.context, session).memory_bytes_free == 10**11 - to_come
     emit(session, READY | {"memory": {"base_bytes": 12_000}})
     session.read_events()
@@ -193,17 +194,18 @@ def test_a_gang_worker_with_a_sharding_strategy_does_not_start() -> None:
 
 @pytest.mark.parametrize("kernels", ["cuda", "torch"])
 def test_ticks_of_a_ready_trainer_are_estimated_for_its_own_kernels(
-    site: PackSite, monkeypatch: pytest.MonkeyPatch, kernels: memory.ElementwiseKernels
+    site: PackSite, monkeypatch: pytest.MonkeyPatch, kernels: ElementwiseKernels
 ) -> None:
     site.context.device = replace(site.context.device, kind="cuda")
     monkeypatch.setattr(node, "free_bytes", lambda _: 10**9)
     claim = site.claim()
     session = site.loading_session(claim)
-    session._description = DESCRIPTION | {"linear_shapes": DESCRIPTION["linear_shapes"] | GATED_MLP}
-    products = requirements.own_parts(claim.job, session._description, recomputes=True)["lora_products"]
+    description = DESCRIPTION | {"linear_shapes": DESCRIPTION["linear_shapes"] | GATED_MLP}
+    base = session.memory._base = BaseModelMemory(description, "bfloat16")
+    products = requirements.own_parts(claim.job, base, recomputes=True)["lora_products"]
     assert products > 0
     job_bytes = 26 * claim.job.adapter_parameters + products
-    of_cpu, own = (memory.slice_bytes(session._description, "bfloat16", named) for named in ("cpu", kernels))
+    of_cpu, own = (replace(base, kernels=named).slice_bytes() for named in ("cpu", kernels))
     assert free_capacity(site.context, session).slice_bytes == of_cpu
     assert of_cpu != own
 
@@ -211,10 +213,10 @@ def test_ticks_of_a_ready_trainer_are_estimated_for_its_own_kernels(
     session.read_events()
 
     assert free_capacity(site.context, session).slice_bytes == own
-    trainer_bytes = memory.trainer_bytes(session._description, "bfloat16", kernels=kernels)
-    assert session.bytes_to_come() == trainer_bytes - 1 + job_bytes, "READY reports a base of one byte"
+    trainer_bytes = replace(base, kernels=kernels).trainer_bytes()
+    assert session.memory.to_come() == trainer_bytes - 1 + job_bytes, "READY reports a base of one byte"
     emit_for(session, claim, "admitted", step=0, num_steps=10, num_parameters=1, steps_per_epoch=2.5)
     session.read_events()
-    logits = memory.tick_bytes(session._description, "bfloat16", num_tokens=0)
-    session._memory = {"cached_bytes": 10**8}
-    assert session.spare_bytes() == 10**8 - logits - own - products
+    logits = base.tick_bytes(0)
+    session.memory.report = {"cached_bytes": 10**8}
+    assert session.memory.spare() == 10**8 - logits - own - products

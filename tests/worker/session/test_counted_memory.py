@@ -10,6 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from catalog.resources import memory
+from catalog.resources.memory import BaseModelMemory, JobMemory
 from lora_core.adapter.initialization import decomposed
 from lora_core.base_model.model import BaseModel, describe_base, load_base
 from lora_core.config import JobConfig, LoraConfig, OptimizerConfig, ScheduleConfig
@@ -83,18 +84,14 @@ def test_the_estimate_of_a_job_equals_its_peak(
     while engine.progress("job")[0] < 1:
         engine.tick()
 
-    parts = memory.own_parts(
-        {},
-        str(base.dtype).removeprefix("torch."),
+    facts = JobMemory(
         num_parameters=engine.job("job").adapter.num_parameters,
-        dropout=0.0,
         keeps_best=keep == "best",
         init_lora_weights=init,
         batch_size=len(lengths),
         longest_example=max(lengths),
-        lowest_rank=1,
-        highest_rank=1,
     )
+    parts = facts.parts(BaseModelMemory({}, str(base.dtype).removeprefix("torch.")))
     assert sum(parts.values()) == max(held) + num_spare * 4 * engine.job("job").adapter.num_parameters
 
 
@@ -123,7 +120,7 @@ def test_the_initialization_of_an_adapter_stays_within_its_estimate(
     measured = measured_peak(lambda: decomposed(lora, "w", weight_OD, seed=0))
 
     description = linears(w=(list(shape), 1))
-    counted = memory._start_bytes(description, str(dtype).removeprefix("torch."))
+    counted = BaseModelMemory(description, str(dtype).removeprefix("torch.")).decomposition_bytes()
     assert measured <= 1.1 * counted  # small weights have a larger constant part
     assert init == "pissa_niter_4" or measured > counted / 2
 
@@ -136,8 +133,8 @@ def test_the_generation_of_answers_stays_within_its_estimate(base: BaseModel, ba
     measured = measured_peak(generation.advance)
 
     description, precision = describe_base(base_dir), str(base.dtype).removeprefix("torch.")
-    answers = memory.samples_bytes(description, precision, SAMPLES)
-    logits = memory.tick_bytes(description, precision, num_tokens=0)
+    answers = BaseModelMemory(description, precision).samples_bytes(SAMPLES)
+    logits = BaseModelMemory(description, precision).tick_bytes(0)
     assert measured <= answers + logits
     assert measured > answers / 4
 
@@ -162,5 +159,5 @@ def test_memory_of_capped_scores_grows_linearly_with_the_length(
     peaks = [measured_peak(training(base, lengths=[length]).tick) for length in (1056, 2112)]
 
     description = describe_base(capped_dir)
-    counted = [memory.tick_bytes(description, precision, num_tokens=length) for length in (1056, 2112)]
+    counted = [BaseModelMemory(description, precision).tick_bytes(length) for length in (1056, 2112)]
     assert peaks[1] - peaks[0] < 2.2 * (counted[1] - counted[0])

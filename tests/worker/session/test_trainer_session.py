@@ -16,7 +16,7 @@ from catalog.jobs import commands
 from catalog.lifecycle import recording
 from catalog.queue import claims
 from catalog.queue.claiming import Claim
-from catalog.resources import memory
+from catalog.resources.memory import BaseModelMemory
 from catalog.states import EndReason
 from catalog.storage import token_cache
 from catalog.storage.store import blob_key
@@ -291,22 +291,22 @@ def test_memory_that_a_loading_trainer_will_take_is_not_free(site: PackSite) -> 
     claim = site.claim()
     session = site.loading_session(claim)
     job_bytes = own_bytes(claim.job)
-    trainer_bytes = memory.trainer_bytes(DESCRIPTION, "bfloat16")
-    assert session.bytes_to_come() == trainer_bytes + job_bytes
+    trainer_bytes = BaseModelMemory(DESCRIPTION, "bfloat16").trainer_bytes()
+    assert session.memory.to_come() == trainer_bytes + job_bytes
 
     emit(session, READY)
     session.read_events()
-    assert session.bytes_to_come() == trainer_bytes - 1 + job_bytes, "READY reports a base of one byte"
+    assert session.memory.to_come() == trainer_bytes - 1 + job_bytes, "READY reports a base of one byte"
 
     emit_for(session, claim, "admitted", step=0, num_steps=10, num_parameters=1, steps_per_epoch=2.5)
     session.read_events()
-    assert session.bytes_to_come() == 0
+    assert session.memory.to_come() == 0
 
 
 def test_a_trainer_that_is_ready_and_empty_takes_no_more_memory(site: PackSite) -> None:
     session = site.session()
 
-    assert session.bytes_to_come() == 0
+    assert session.memory.to_come() == 0
 
 
 @pytest.mark.parametrize(("kind", "num_slices"), [("cpu", 2), ("cuda", 8)])
@@ -318,29 +318,29 @@ def test_each_pending_job_enlarges_the_tick_up_to_its_full_size(
     site.context.device = replace(site.context.device, kind=kind)
     first = [site.queued() for _ in range(2)]
     session = site.loading_session(*site.claim_all())
-    slice_bytes = memory.slice_bytes(DESCRIPTION, "bfloat16")
+    slice_bytes = BaseModelMemory(DESCRIPTION, "bfloat16").slice_bytes()
     job_bytes = own_bytes(first[0])
-    trainer_bytes = memory.trainer_bytes(DESCRIPTION, "bfloat16") + site.context.group.reserve_bytes
-    assert session.bytes_to_come() == trainer_bytes + 2 * job_bytes + min(1, num_slices - 1) * slice_bytes
+    trainer_bytes = BaseModelMemory(DESCRIPTION, "bfloat16").trainer_bytes() + site.context.group.reserve_bytes
+    assert session.memory.to_come() == trainer_bytes + 2 * job_bytes + min(1, num_slices - 1) * slice_bytes
 
     for _ in range(8):
         site.queued()
     for claim in site.claim_all():
         session.admit(claim)
 
-    assert session.bytes_to_come() == trainer_bytes + 10 * job_bytes + (num_slices - 1) * slice_bytes
+    assert session.memory.to_come() == trainer_bytes + 10 * job_bytes + (num_slices - 1) * slice_bytes
 
 
 def test_a_pending_job_with_dropout_is_counted_with_its_mask(site: PackSite, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # on two cores its slice would count as well
     plain, dropping = site.claim(), site.claim(lora={"dropout": 0.1})
     session = site.loading_session(plain)
-    without = session.bytes_to_come()
+    without = session.memory.to_come()
 
     session.admit(dropping)
 
     mask_bytes = 1024 * (2 * 64 + 2 * 64)
-    assert session.bytes_to_come() == without + own_bytes(dropping.job) + mask_bytes
+    assert session.memory.to_come() == without + own_bytes(dropping.job) + mask_bytes
 
 
 def test_a_crash_counts_against_jobs_that_a_loaded_trainer_received(

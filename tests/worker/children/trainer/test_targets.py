@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from catalog.resources import memory
+from catalog.resources.memory import BaseModelMemory, JobMemory
 from catalog.spec import target_modules
 from catalog.spec.job import JobRequest, resolve
 from lora_core.adapter.flat_adapter import FlatAdapter
@@ -58,17 +59,13 @@ def test_counted_layers_and_parameters_equal_those_of_the_engine(
     assert spec.lora.begins_with_the_base == lora.subtracts_start
     num_parameters = memory.adapter_parameters(counted, use_dora=spec.lora.use_dora)
     assert num_parameters == row.num_parameters
-    parts = memory.own_parts(
-        describe_base(tmp_path),
-        "float32",
+    facts = JobMemory(
         num_parameters=num_parameters,
-        dropout=0.0,
         use_dora=spec.lora.use_dora,
         init_lora_weights=spec.lora.init_lora_weights,
         longest_example=1,
-        lowest_rank=1,
-        highest_rank=1,
     )
+    parts = facts.parts(BaseModelMemory(describe_base(tmp_path), "float32"))
     counted_bytes = sum(parts.values()) - parts["lora_products"]
     outputs = sum(
         out_features * count for (out_features, _), count in describe_base(tmp_path)["linear_shapes"].values()
@@ -91,11 +88,11 @@ def test_the_adafactor_estimate_is_a_close_upper_bound(shape: dict[str, Any], tm
     targets = choose_targets(modules, lora)
     row = FlatAdapter(targets, lora, dtype=torch.float32, device="meta", optimizer="adafactor")
 
-    counted = memory.row_bytes(
-        row.num_parameters, "float32", optimizer="adafactor", lowest_rank=memory.lowest_rank(spec.lora.model_dump())
-    )
+    resolved = spec.model_dump() | {"optimizer": {"type": "adafactor"}}
+    counted = JobMemory.of_spec(resolved, num_parameters=row.num_parameters).row_bytes("float32")
+    of_adamw = JobMemory(num_parameters=row.num_parameters).row_bytes("float32")
 
-    assert row.num_bytes <= counted <= memory.row_bytes(row.num_parameters, "float32")
+    assert row.num_bytes <= counted <= of_adamw
     assert counted <= 1.35 * row.num_bytes
     if lora.rank > 1:
-        assert counted < 0.75 * memory.row_bytes(row.num_parameters, "float32")
+        assert counted < 0.75 * of_adamw
