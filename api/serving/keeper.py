@@ -12,7 +12,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +23,9 @@ from starlette.concurrency import run_in_threadpool
 
 from api.background.task_loop import TaskLoop
 from api.inference.vllm_client import EndpointFailure, ServedModel, ServerAddress, VllmClient
-from api.serving import adapter_files
+from api.serving import adapter_files, reconciliation
 from api.serving.held_lease import HeldLease, LeaseLost
+from api.serving.reconciliation import Actions, diff
 from api.serving.reference_answers import ReferenceAnswers
 from catalog.db.database import Database
 from catalog.errors import LorryError, StaleClaim
@@ -178,79 +179,69 @@ class EndpointKeeper:
                 await self._silent(row, failure)
             else:
                 await self._unusable(row, state="rejected", error=failure.message)
-            await self._clear(work, {})
-            return
+            return await self._clean_up(diff([], work))
         except LorryError as error:
-            await self._unusable(row, state="rejected", error=error.sentence())
-            return
-        loaded = {model.name: model for model in models if model.parent is not None}
-        await self._unload_unwanted(server, work, loaded)
-        self._report_foreign(work, loaded)
-        await self._clear(work, loaded)
+            return await self._unusable(row, state="rejected", error=error.sentence())
+        actions = diff(models, work)
+        self._log_foreign(row, actions.foreign)
+        await self._unload_unwanted(server, actions)
+        await self._clean_up(actions)
         if row.state != "ready" or (row.served_model, row.served_root) != (base.name, base.root):
             if time.monotonic() >= self._verify_at and row.id not in running:
                 self._begin(row.id, self._verify_base(work, server, base))
-            return
+            return None
         if time.monotonic() - self._noted_at > NOTE_SECONDS:
             await self._do(keeping.note_reachable, served_model=base.name, served_root=base.root)
             self._noted_at = time.monotonic()
-        missing = [one for one in work.adapters if one.state == "ready" and one.name not in loaded]
-        if missing:
-            await self._do(keeping.note_missing, [one.deployment_id for one in missing])
-        for one in work.adapters:
-            if one.deployment_id in running:
-                continue
-            if one.is_wanted and (one in missing or (one.state != "ready" and one.is_due)):
-                self._begin(one.deployment_id, self._deploy(work, server, one, loaded.get(one.name)))
+        if actions.missing:
+            await self._do(keeping.note_missing, actions.missing)
+        for one, loaded in actions.load:
+            if one.deployment_id not in running:
+                self._begin(one.deployment_id, self._deploy(work, server, one, loaded))
+        return None
 
-    async def _unload_unwanted(self, server: ServerAddress, work: EndpointWork, loaded: dict[str, ServedModel]) -> None:
-        """Unload adapters that Lorry has loaded and that are not deployed with this content. Others stay."""
-        for name in [name for name, model in loaded.items() if _is_unwanted(work, model)]:
+    async def _unload_unwanted(self, server: ServerAddress, actions: Actions) -> None:
+        for name in actions.unload:
             await self._lease.check()
             try:
                 await self._tools.client.unload(server, name=name)
             except EndpointFailure as failure:  # tried again at the next check
                 log.warning("serving endpoint=%s unload: %s", self.claim.subject, failure.message)
             else:
-                del loaded[name]
+                self.wake()  # the next check deletes its deployment and files
 
-    def _report_foreign(self, work: EndpointWork, loaded: Mapping[str, ServedModel]) -> None:
+    def _log_foreign(self, row: ServingEndpoint, foreign: list[str]) -> None:
         """Log the adapters that this service has not loaded and leaves alone, if they have changed."""
-        foreign = _foreign(work, loaded)
         if foreign != self._foreign:
             names = ", ".join(foreign[:MAX_NAMED]) + (", …" if len(foreign) > MAX_NAMED else "") or "none"
-            log.info("serving endpoint=%s adapters that this service has not loaded: %s", work.endpoint.id, names)
+            log.info("serving endpoint=%s adapters that this service has not loaded: %s", row.id, names)
             self._foreign = foreign
 
-    async def _clear(self, work: EndpointWork, loaded: dict[str, ServedModel]) -> None:
+    async def _clean_up(self, actions: Actions) -> None:
         """Delete deployments that are not wanted and not loaded any more, and files that none needs."""
-        folder = _folder(work)
-        gone = [one for one in work.adapters if not one.is_wanted and one.name not in loaded]
-        for one in gone:
-            task = self._tasks.pop(one.deployment_id, None)
+        for deployment_id in actions.forget:
+            task = self._tasks.pop(deployment_id, None)
             if task is not None:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
-        kept = {_path(folder, one).name for one in work.adapters if one not in gone and one.manifest is not None}
-        kept |= {Path(model.root or "").name for model in loaded.values()}
-        if gone or not work.adapters:
+        if actions.kept_files is not None:
             await self._lease.check()
-            await self._remove_others(folder, kept)
-        if gone:
-            await self._do(keeping.forget, [one.deployment_id for one in gone])
+            await self._remove_others(actions.folder, actions.kept_files)
+        if actions.forget:
+            await self._do(keeping.forget, actions.forget)
 
     async def _remove(self, work: EndpointWork) -> None:
         """Unload all adapters of a removed endpoint, if its server answers, and delete the endpoint."""
         row = work.endpoint
+        actions = diff([], work)
         try:
             server = self._address(row)
-            models = await self._tools.client.models(server)
-            loaded = {model.name: model for model in models if model.parent is not None}
-            await self._unload_unwanted(server, work, loaded)
+            actions = diff(await self._tools.client.models(server), work)
+            await self._unload_unwanted(server, actions)
         except (EndpointFailure, LorryError):
             log.warning("serving endpoint=%s was removed without unloading its adapters", row.id)
         await self._lease.check()
-        await self._remove_others(_folder(work), set())
+        await self._remove_others(actions.folder, set())
         await self._do(keeping.forget_endpoint)
 
     async def _verify_base(self, work: EndpointWork, server: ServerAddress, base: ServedModel) -> None:
@@ -307,7 +298,7 @@ class EndpointKeeper:
         if reference is None:
             reference = await self._tools.references.of(one.name, kind, project_id=one.project_id)
             await self._do(keeping.store_reference, deployment_id=one.deployment_id, reference=reference)
-        path = _path(_folder(work), one)
+        path = reconciliation.adapter_path(work, one)
         if loaded is not None and loaded.root != str(path):
             raise EndpointFailure(
                 f"The server has loaded another adapter under the name {one.name!r}, from {loaded.root!r}. Unload it, "
@@ -427,41 +418,6 @@ class EndpointKeeper:
     async def _do(self, act: Callable[..., T], *args: Any, **given: Any) -> T:
         """Run a function of catalog.serving.keeping in a thread, in the name of the claim."""
         return await run_in_threadpool(partial(act, self._tools.db, self.claim, *args, **given))
-
-
-def _path(folder: Path, one: WantedAdapter) -> Path:
-    assert one.manifest is not None, "only adapters with files have a path"
-    return adapter_files.adapter_path(folder, adapter_id=one.adapter_id, manifest=one.manifest)
-
-
-def _folder(work: EndpointWork) -> Path:
-    row = work.endpoint
-    return adapter_files.endpoint_folder(row.adapter_folder, service_id=work.service_id, endpoint_id=row.id)
-
-
-def _is_unwanted(work: EndpointWork, model: ServedModel) -> bool:
-    """Return whether this service has loaded the adapter, for this endpoint or for one that does not exist any more,
-    and it is not deployed with this content."""
-    folder = _folder(work)
-    paths = {one.name: str(_path(folder, one)) for one in work.adapters if one.is_wanted}
-    root = model.root or ""
-    if root.startswith(f"{folder}/"):
-        return paths.get(model.name) != root
-    origin = adapter_files.origin_of(root)
-    if origin is None or origin.service_id != work.service_id:
-        return False
-    return origin.endpoint_id == work.endpoint.id or origin.endpoint_id not in work.endpoint_ids
-
-
-def _foreign(work: EndpointWork, loaded: Mapping[str, ServedModel]) -> list[str]:
-    """Return the names of the adapters that this service has not loaded."""
-    origins = {name: adapter_files.origin_of(model.root or "") for name, model in loaded.items()}
-    own = f"{_folder(work)}/"
-    return sorted(
-        name
-        for name, origin in origins.items()
-        if (origin is None or origin.service_id != work.service_id) and not (loaded[name].root or "").startswith(own)
-    )
 
 
 def _shown_to_projects(endpoint: str, failure: EndpointFailure) -> str:
