@@ -124,11 +124,7 @@ def _inherited(listen_fd: int) -> socket.socket:
     try:
         return socket.socket(fileno=listen_fd)
     except OSError as error:
-        raise InvalidRequest(
-            f"--listen-fd is {listen_fd}, which is not an open socket: {error.strerror or error}.",
-            code="invalid_listen_fd",
-            remedy="Pass the file descriptor of a listening socket from the parent process, or use --port instead.",
-        ) from error
+        raise InvalidRequest("invalid_listen_fd", listen_fd=listen_fd, strerror=str(error.strerror or error)) from error
 
 
 def _collect_garbage_rarely() -> None:

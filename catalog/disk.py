@@ -37,8 +37,4 @@ def tells_of_full(text: str) -> bool:
 
 
 def out_of_space(place: str = "the data folder or the artifact store") -> OutOfSpace:
-    return OutOfSpace(
-        f"The disk that holds {place} is full, or its quota is used up.",
-        code="out_of_space",
-        remedy="Nothing was saved. Free up space on that disk or raise the quota, then try again.",
-    )
+    return OutOfSpace("out_of_space", place=place)

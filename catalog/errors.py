@@ -1,4 +1,4 @@
-"""Errors that users and operators can act on: a code for programs, a message, and a remedy.
+"""Errors that users and operators can act on. Their texts are in the tables of `catalog.error_texts`.
 
 The API server converts them to OpenAI's error format; the CLI prints them. Bugs in Lorry itself are asserts.
 """
@@ -6,7 +6,10 @@ The API server converts them to OpenAI's error format; the CLI prints them. Bugs
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
+
+from catalog.error_texts import ErrorText
 
 NUM_NAMED = 3
 """How many of several objects an error names."""
@@ -23,20 +26,24 @@ class LorryError(Exception):
     status: ClassVar[int] = 400
     type: ClassVar[str] = "invalid_request_error"
 
-    def __init__(self, message: str, *, code: str, remedy: str, param: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.code = code
-        self.remedy = remedy
-        self.param = param
+    def __init__(self, text: str | ErrorText, /, *, param: str | None = None, **values: str | float) -> None:
+        """text: a name in the tables, with `values` for its placeholders, or the text of another error."""
+        if isinstance(text, str):
+            text = ErrorText.of(text, param=param, **values)
+        super().__init__(text.message)
+        self.text = text if param is None else replace(text, param=param)
+        self.message = text.message
+        self.code = text.code
+        self.remedy = text.remedy
+        self.param = self.text.param
 
     def sentence(self) -> str:
         """Return the message and the remedy as one text."""
-        return f"{self.message} {self.remedy}".strip()
+        return self.text.sentence()
 
     def as_job_error(self) -> dict[str, str | None]:
         """Return the error in the format of the `error` field of jobs, plans and sweeps."""
-        return {"code": self.code, "message": self.sentence(), "param": self.param}
+        return self.text.as_job_error()
 
 
 class InvalidRequest(LorryError):
@@ -48,32 +55,11 @@ class NotFound(LorryError):
 
     status = 404
 
-    def __init__(
-        self,
-        resource: str,
-        ident: str,
-        *,
-        message: str | None = None,
-        param: str | None = None,
-        remedy: str | None = None,
-    ) -> None:
-        """message: None: that there is no such id."""
-        super().__init__(
-            message or f"No {resource} with the ID {ident!r}.",
-            code=f"{resource.replace(' ', '_')}_not_found",
-            remedy=remedy or f"Check the ID, and that the API key belongs to the project that owns the {resource}.",
-            param=param,
-        )
-
 
 class NoLongerKept(LorryError):
     """The object existed and was visible to the caller, but its files are no longer kept. The remedy explains why."""
 
     status = 404
-
-    def __init__(self, resource: str, ident: str, *, remedy: str, param: str | None = None) -> None:
-        message = f"The files for {resource} {ident!r} have been deleted."
-        super().__init__(message, code=f"{resource}_expired", remedy=remedy, param=param)
 
 
 class Conflict(LorryError):
@@ -103,14 +89,14 @@ class Unauthorized(LorryError):
 
     def __init__(
         self,
-        message: str,
+        text: str | ErrorText,
+        /,
         *,
-        code: str,
-        remedy: str,
         reason: RejectionReason | None = None,
         api_key_id: str | None = None,
+        **values: str | float,
     ) -> None:
-        super().__init__(message, code=code, remedy=remedy)
+        super().__init__(text, param=None, **values)
         self.reason: RejectionReason | None = reason
         self.api_key_id = api_key_id
 
@@ -138,20 +124,32 @@ class RateLimited(LorryError):
     type = "rate_limit_error"
 
     def __init__(
-        self, message: str, *, code: str, remedy: str, retry_after_seconds: float, headers: dict[str, str]
+        self,
+        text: str | ErrorText,
+        /,
+        *,
+        retry_after_seconds: float,
+        headers: dict[str, str] | None = None,
+        **values: str | float,
     ) -> None:
-        super().__init__(message, code=code, remedy=remedy)
+        super().__init__(text, param=None, **values)
         self.retry_after_seconds = retry_after_seconds
-        self.headers = headers
+        self.headers = headers or {}
 
 
 class QuotaExceeded(RateLimited):
     """A project has used up a quota. `quota` has name, limit, used and resets_at; a retry before that time fails."""
 
     def __init__(
-        self, message: str, *, code: str, remedy: str, retry_after_seconds: float, quota: dict[str, Any]
+        self,
+        text: str | ErrorText,
+        /,
+        *,
+        retry_after_seconds: float,
+        quota: dict[str, Any],
+        **values: str | float,
     ) -> None:
-        super().__init__(message, code=code, remedy=remedy, retry_after_seconds=retry_after_seconds, headers={})
+        super().__init__(text, retry_after_seconds=retry_after_seconds, headers=None, **values)
         self.quota = quota
 
 

@@ -28,7 +28,6 @@ MIN_BYTES = 32
 FILE_NAME = "pepper"
 PREVIOUS_FILE_NAME = "pepper.previous"
 NEW = "LORRY_PEPPER=$(openssl rand -hex 32)"
-NO_COPY = f"Or set a new one (`{NEW}`), which invalidates all API keys and webhook secrets."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,25 +96,11 @@ def _previous(settings: Settings) -> bytes | None:
 
 def _checked(text: str) -> bytes:
     if not text:
-        raise InvalidRequest(
-            "LORRY_PEPPER is empty.",
-            code="weak_pepper",
-            remedy=f"Set it to the service's pepper, or to a new one for a new service: `{NEW}`. If LORRY_DATA_DIR "
-            f"contains the file {FILE_NAME!r}, unset LORRY_PEPPER.",
-        )
+        raise InvalidRequest("pepper_empty")
     if text != text.strip():
-        place = "begins" if text != text.lstrip() else "ends"
-        raise InvalidRequest(
-            f"LORRY_PEPPER {place} with whitespace.",
-            code="weak_pepper",
-            remedy="Remove the whitespace.",
-        )
+        raise InvalidRequest("pepper_begins_with_space" if text != text.lstrip() else "pepper_ends_with_space")
     if (num_bytes := len(text.encode())) < MIN_BYTES:
-        raise InvalidRequest(
-            f"LORRY_PEPPER has {num_bytes} byte{'' if num_bytes == 1 else 's'}, but must have at least {MIN_BYTES}.",
-            code="weak_pepper",
-            remedy=f"Set a random value: `{NEW}`.",
-        )
+        raise InvalidRequest("weak_pepper", num_bytes=num_bytes, min_bytes=MIN_BYTES)
     return text.encode()
 
 
@@ -124,13 +109,10 @@ def _read(path: Path) -> bytes:
     if (num_bytes := len(pepper)) < MIN_BYTES:
         is_previous = path.name == PREVIOUS_FILE_NAME
         raise InvalidRequest(
-            f"The pepper file {path} is damaged: it has {num_bytes} byte{'' if num_bytes == 1 else 's'}, but must have "
-            f"at least {MIN_BYTES}.",
-            code="pepper_damaged",
-            remedy="Restore your copy of the file (backups do not contain it), or delete the file, which invalidates "
-            "API keys and webhook secrets older than the pepper's rotation."
-            if is_previous
-            else f"Restore your own copy of the file. {NO_COPY}",
+            "pepper_file_damaged" if is_previous else "pepper_file_damaged_in_use",
+            path=str(path),
+            num_bytes=num_bytes,
+            min_bytes=MIN_BYTES,
         )
     return pepper
 
@@ -139,11 +121,7 @@ def _check_no_keys(db: Database, path: Path) -> None:
     with db.read() as session:
         has_keys = session.scalar(select(ApiKey.id).limit(1)) is not None
     if has_keys and not path.exists():  # another process may have created both since: first the pepper, then the key
-        raise Conflict(
-            f"The pepper for the existing API keys is missing: {path} does not exist, and LORRY_PEPPER is not set.",
-            code="pepper_missing",
-            remedy=f"Restore the file, correct LORRY_DATA_DIR, or set LORRY_PEPPER to its previous value. {NO_COPY}",
-        )
+        raise Conflict("pepper_missing", path=str(path))
 
 
 def _create_once(path: Path, content: bytes) -> None:

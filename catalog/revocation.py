@@ -82,12 +82,7 @@ def revoke(
     descendants. Then nothing is revoked.
     """
     if cancel and "jobs:write" not in caller.scopes:
-        raise Forbidden(
-            f"API key {caller.name!r} can't cancel jobs, because it lacks the scope jobs:write.",
-            code="missing_scope",
-            remedy="Omit 'cancel', or use an API key that also has the scope jobs:write.",
-            param="cancel",
-        )
+        raise Forbidden("missing_scope_to_cancel", caller=caller.name, param="cancel")
     with db.write() as session:
         serialize(session, "operators' keys")
         authentication.check_valid(session, caller.api_key_id, now=read_clock(session))
@@ -115,12 +110,7 @@ def _end(session: Session, caller: Caller, ended: Sequence[ApiKey], *, is_cancel
     to_revoke = [key for key in ended if key.revoked_at is None]
     ids = {key.id for key in to_revoke}
     if caller.api_key_id in ids - {ended[0].id}:
-        raise Conflict(
-            f"Revoking {ended[0].id} with its descendants would also revoke your own key, {caller.api_key_id}.",
-            code="revokes_own_key",
-            remedy=f"Omit 'with_descendants', or use a key that is not a descendant of {ended[0].id}.",
-            param="with_descendants",
-        )
+        raise Conflict("revokes_own_key", ended=ended[0].id, key=caller.api_key_id, param="with_descendants")
     for key in to_revoke:
         check_may_change(session, caller, key)
     lasting = [key.id for key in lasting_operators(session, now=now)]

@@ -39,9 +39,7 @@ class EnvironmentSettings(BaseSettings):
             ]
         else:
             return
-        raise InvalidSettings(
-            " ".join(found), code="invalid_settings", remedy="Correct these environment variables, and start again."
-        )
+        raise InvalidSettings("invalid_settings", problems=" ".join(found))
 
 
 def _finding(path: tuple[int | str, ...], message: str) -> str:

@@ -55,7 +55,7 @@ class UnreachableSource(LoraCoreError):
 class NoTargets(LoraCoreError):
     """`target_modules` matches no linear layer of the base model."""
 
-    code = "no_targets"
+    code = "unknown_target_modules"
 
 
 class BadDataset(LoraCoreError):

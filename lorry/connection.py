@@ -92,9 +92,7 @@ def read(data_dir: Path, *, is_login: bool = False) -> Connection | None:
         return None
     except OSError as error:
         raise NotConfigured(
-            f"{path} can't be read: {error.strerror or error}.",
-            code="bad_connection_file",
-            remedy="Make the file readable for this user, or set LORRY_URL and LORRY_API_KEY.",
+            "connection_file_unreadable", path=str(path), strerror=str(error.strerror or error)
         ) from error
     try:
         parsed: object = json.loads(content)
@@ -148,12 +146,7 @@ def normalize_url(url: str, *, variable: str | None = None) -> str:
         valid = False
     if not valid:
         place, fix = (f"{variable} is {url!r}, which", f"Set {variable} to") if variable else (f"{url!r}", "Use")
-        raise NotConfigured(
-            f"{place} is not a valid service address: it must be an http:// or https:// URL with a host and "
-            "optionally a port.",
-            code="bad_url",
-            remedy=f"{fix} an address such as http://127.0.0.1:8472.",
-        )
+        raise NotConfigured("bad_url", place=place, fix=fix)
     return trimmed
 
 
@@ -220,27 +213,15 @@ def _unreadable(path: Path, reason: str, *, is_login: bool = False) -> NotConfig
     if not is_login:
         at = f"--data-dir {shlex.quote(str(path.parent))}"
         replacing = f"Replace the file by restarting the service: `lorry down {at}`, then `lorry up {at}`"
-    return NotConfigured(
-        f"{path} can't be used: {reason}.",
-        code="bad_connection_file",
-        remedy=f"{replacing}. Or set LORRY_URL and LORRY_API_KEY.",
-    )
+    return NotConfigured("bad_connection_file", path=str(path), reason=reason, replacing=replacing)
 
 
 def _not_configured(folder: Path, *, is_explicit: bool, environ: Mapping[str, str]) -> NotConfigured:
-    path, at = folder / FILE_NAME, f"--data-dir {shlex.quote(str(folder))}"
+    path, _at = folder / FILE_NAME, f"--data-dir {shlex.quote(str(folder))}"
     if is_explicit:
         return NotConfigured(
-            f"There is no service in the data folder {folder}: {path} does not exist.",
-            code="not_configured",
-            remedy=f"Start a service with `lorry up {at}`, or use another data folder.",
+            "no_service_in_data_dir", folder=str(folder), path=str(path), quoted_folder=shlex.quote(str(folder))
         )
-    return NotConfigured(
-        f"No service is configured: LORRY_URL is not set, and {path} does not exist.",
-        code="not_configured",
-        remedy=f"Start a service with `lorry up {at}`, correct or unset LORRY_DATA_DIR, or set LORRY_URL and "
-        "LORRY_API_KEY."
-        if environ.get("LORRY_DATA_DIR")
-        else "Start a service with `lorry up`, or connect to one with `lorry login URL`, with LORRY_URL and "
-        "LORRY_API_KEY, or with LORRY_DATA_DIR set to its data folder on this machine.",
-    )
+    if environ.get("LORRY_DATA_DIR"):
+        return NotConfigured("not_configured_in_data_dir", path=str(path), folder=shlex.quote(str(folder)))
+    return NotConfigured("not_configured", path=str(path))

@@ -1,19 +1,55 @@
 """Exceptions of the SDK and the CLI, each with a code, a message and a remedy.
 
-`APIError` is an error response of the service, with its status. The other exceptions are raised locally.
+`APIError` is an error response of the service, with its status. The other exceptions are raised locally, with texts of
+errors.toml.
 """
 
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Mapping
-from typing import Any, cast
+from functools import cache
+from pathlib import Path
+from typing import Any, Self, TypedDict, cast
+
+
+class ErrorFields(TypedDict):
+    """The texts of an error."""
+
+    code: str
+    message: str
+    remedy: str
+
+
+@cache
+def templates() -> dict[str, dict[str, str]]:
+    """Return the texts of errors that are raised locally, by name, with their placeholders."""
+    return tomllib.loads(Path(__file__).with_name("errors.toml").read_text(encoding="utf-8"))
+
+
+def text_of(name: str, /, **values: str | float) -> ErrorFields:
+    """Return the text with this name in errors.toml, with `values` for its placeholders."""
+    text = templates()[name]
+    message, remedy = text["message"].format(**values), text["remedy"].format(**values)
+    return {"code": text.get("code", name), "message": message, "remedy": remedy}
 
 
 class LorryError(Exception):
     """Base class of all exceptions that this package raises."""
 
-    def __init__(self, message: str, *, code: str, remedy: str) -> None:
+    def __init__(self, name: str, /, **values: str | float) -> None:
+        """name: of the text in errors.toml, with `values` for its placeholders."""
+        self._set(**text_of(name, **values))
+
+    @classmethod
+    def from_report(cls, *, code: str, message: str, remedy: str) -> Self:
+        """Return the error with the texts of an object of the service, such as a failed export."""
+        error = cls.__new__(cls)
+        error._set(code=code, message=message, remedy=remedy)
+        return error
+
+    def _set(self, *, code: str, message: str, remedy: str) -> None:
         super().__init__(message)
         self.message = message
         self.code = code
@@ -62,7 +98,7 @@ class APIError(LorryError):
         request_id: str | None = None,
         doc_url: str | None = None,
     ) -> None:
-        super().__init__(message, code=code, remedy=remedy)
+        self._set(code=code, message=message, remedy=remedy)
         self.status = status
         self.type = type
         self.param = param

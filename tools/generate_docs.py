@@ -8,12 +8,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tools import job_options, reference_errors, sdk_types
-from tools.error_catalog import error_messages, is_bare
+from tools import error_reference, job_options, sdk_types
 
 ROOT = Path(__file__).parents[1]
 FILES: dict[str, Callable[[], str]] = {
-    "dashboard/errors.html": reference_errors.dashboard_page,
+    "dashboard/errors.html": error_reference.dashboard_page,
     "lorry/cli/parsing/job_options.json": job_options.job_options,
     "lorry/models.py": sdk_types.models,
     "lorry/requests.py": sdk_types.requests,
@@ -34,10 +33,7 @@ def main() -> int:
             path.write_text(text, encoding="utf-8")
     for name in outdated:
         print(f"{name} does not match the code. Run: make docs" if is_check else f"wrote {name}")
-    bare = sorted({each.code for each in error_messages() if is_bare(each.message) or is_bare(each.remedy)})
-    for code in bare:
-        print(f"{code}: a message or fix is only a placeholder. Add its text to EXPLANATIONS in tools/error_catalog.py")
-    return 1 if bare or (is_check and outdated) else 0
+    return 1 if is_check and outdated else 0
 
 
 if __name__ == "__main__":

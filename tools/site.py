@@ -15,12 +15,12 @@ from mkdocs.structure.pages import Page
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # MkDocs loads this file alone
 
-from tools import benchmark_tables, reference_api, reference_cli, reference_errors, reference_fields, reference_memory
+from tools import benchmark_tables, error_reference, reference_api, reference_cli, reference_fields, reference_memory
 
 INTERNALS = ("internals/", "decisions/", "contributing/")
 PAGES: dict[str, Callable[[], str]] = {
     "reference/cli.md": reference_cli.page,
-    "reference/errors.md": reference_errors.markdown,
+    "reference/errors.md": error_reference.markdown,
     **reference_api.pages(),
 }
 PARTS: dict[str, Callable[..., str]] = {

@@ -127,12 +127,7 @@ Recheck = Annotated[Identity, Depends(recheck_of)]
 def require_same_origin(request: Request) -> None:
     """Reject requests of other origins. A page of another origin can neither set our header nor hide its origin."""
     if (reason := _foreign(request)) is not None:
-        raise Forbidden(
-            f"The request does not come from the dashboard: {reason}.",
-            code="cross_site_request",
-            remedy="Use the dashboard, or send an API key in the Authorization header instead of signing in. Configure "
-            "a reverse proxy to pass on these headers unchanged.",
-        )
+        raise Forbidden("cross_site_request", reason=reason)
 
 
 def _foreign(request: Request) -> str | None:
@@ -161,13 +156,7 @@ def _identify(
             require_same_origin(request)
         return caller
     raise Unauthorized(
-        "The Authorization header is not in the form `Bearer YOUR_KEY`."
-        if request.headers.get("authorization")
-        else "The request contains no API key.",
-        code="missing_api_key",
-        remedy="Send the header `Authorization: Bearer YOUR_KEY`. `lorry up` saves the first key in connection.json in "
-        "its data folder.",
-        reason="missing",
+        "malformed_authorization" if request.headers.get("authorization") else "missing_api_key", reason="missing"
     )
 
 
@@ -180,11 +169,9 @@ def _check_owners(request: Request, caller: Caller) -> None:
     for kind, (own_id, own_name) in own.items():
         named = request.headers.get(f"openai-{kind}")
         if named and named not in (own_id, own_name):
-            variable = {"organization": "OPENAI_ORG_ID", "project": "OPENAI_PROJECT_ID"}[kind]
             raise Unauthorized(
-                f"The OpenAI-{kind.title()} header is {named[:80]!a}, but the API key belongs to the {kind} "
-                f"{own_name!r} ({own_id}).",
-                code={"organization": "mismatched_organization", "project": "mismatched_project"}[kind],
-                remedy=f"Remove the header, set it to {own_id}, or use an API key of the other {kind}. "
-                f"The OpenAI SDK sends the header if its `{kind}` argument or {variable} is set.",
+                f"mismatched_{kind}",
+                header=named[:80],
+                own_name=own_name,
+                own_id=own_id,  # one entry for each kind
             )

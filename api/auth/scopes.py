@@ -149,11 +149,7 @@ def require_scope(caller: Caller, scope: Scope) -> None:
 
 
 def operator_required(caller: Caller) -> Forbidden:
-    return Forbidden(
-        f"This action requires an operator key, but the API key {caller.name!r} is not one.",
-        code="operator_required",
-        remedy="Use an operator key, or ask an operator to do this for you.",
-    )
+    return Forbidden("operator_required", caller=caller.name)
 
 
 def _missing(scopes: tuple[Scope, ...], caller: Caller) -> Forbidden:
@@ -163,11 +159,12 @@ def _missing(scopes: tuple[Scope, ...], caller: Caller) -> Forbidden:
         return operator_required(caller)
     is_for_operators = scope in OPERATORS
     alone = is_for_operators or scope == "keys:write"
-    others = "" if alone else f", or anyone whose key has the scopes keys:write and {scope},"
-    option = " --operator" if is_for_operators else ""
     return Forbidden(
-        f"The API key {caller.name!r} does not have the scope {needed}.",
-        code="missing_scope",
-        remedy=f"Use a key that has the scope {needed}. An operator{others} can create one: "
-        f"`lorry keys create NAME{option} --project {caller.project_name} --scope {scope}`.",
+        ("missing_operator_scope_of_browser" if is_for_operators else "missing_operator_scope")
+        if alone
+        else ("missing_scope_of_browser" if is_for_operators else "missing_scope"),
+        caller=caller.name,
+        needed=needed,
+        project_name=caller.project_name,
+        scope=scope,
     )

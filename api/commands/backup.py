@@ -22,11 +22,6 @@ from catalog.storage.store import open_store
 from catalog.tables.table import Json
 
 WHERE = "Folder, or a URL such as s3://bucket/prefix."
-SAME_VERSION = "Run this command with the Lorry version that the service runs"
-BACKUP_FIRST = f"{SAME_VERSION}. After the backup, migrate the database with this version: `python -m api bootstrap`."
-"""A user who makes a backup before an upgrade must not be asked to migrate first."""
-OR_MIGRATE = f"{SAME_VERSION}, or first migrate the database with this version: `python -m api bootstrap`."
-USE_AN_EXPORT = "Use a complete, unchanged file created by `lorry audit export` or GET /v1/audit_events/export."
 NO_PEPPER = "Verifying the audit chain requires the service's pepper, which this machine does not have."
 SHOWN = 20
 """Maximum number of problems printed in full; of the others, only the number is printed."""
@@ -54,7 +49,7 @@ def add_commands(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 
 def _backup(arguments: argparse.Namespace, settings: Settings) -> int:
-    db = open_existing(settings, if_older=BACKUP_FIRST)
+    db = open_existing(settings, if_older="database_too_old_to_back_up")
     try:
         place, peppers = open_place(arguments.place, is_new=True), pepper.known(settings)
         work_dir = settings.work_dir()
@@ -107,7 +102,7 @@ def _restore(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def _verify(arguments: argparse.Namespace, settings: Settings) -> int:
-    db = open_existing(settings, if_older=OR_MIGRATE)
+    db = open_existing(settings, if_older="database_too_old_to_verify")
     try:
         peppers = pepper.known(settings)
         checked = check(db, open_store(settings), peppers=peppers)
@@ -140,13 +135,7 @@ def _peppers(settings: Settings) -> list[bytes]:
     if peppers := pepper.known(settings):
         return peppers
     path = settings.data_dir / pepper.FILE_NAME
-    raise InvalidRequest(
-        "Verifying the audit chain requires the service's pepper, but LORRY_PEPPER is not set and "
-        f"{path} does not exist.",
-        code="pepper_missing",
-        remedy=f"Set LORRY_PEPPER to the same value as on the API server, or copy the API server's pepper file to "
-        f"{path}.",
-    )
+    raise InvalidRequest("audit_pepper_missing", path=str(path))
 
 
 def _events(path: Path) -> Iterator[Json]:
@@ -157,14 +146,10 @@ def _events(path: Path) -> Iterator[Json]:
                 yield _event(line, number, path)
     except OSError as error:
         raise InvalidRequest(
-            f"{path} can't be read: {error.strerror or error}.",
-            code="invalid_export",
-            remedy="Check the path and the file's permissions.",
+            "audit_export_unreadable", path=str(path), strerror=str(error.strerror or error)
         ) from error
     except UnicodeDecodeError as error:
-        raise InvalidRequest(
-            f"{path} is not a UTF-8 text file.", code="invalid_export", remedy=USE_AN_EXPORT
-        ) from error
+        raise InvalidRequest("audit_export_not_text", path=str(path)) from error
 
 
 def _event(line: str, number: int, path: Path) -> Json:
@@ -172,23 +157,16 @@ def _event(line: str, number: int, path: Path) -> Json:
         event: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise InvalidRequest(
-            f"Line {number} of {path} is not valid JSON (column {error.colno}: {error.msg}).",
-            code="invalid_export",
-            remedy=USE_AN_EXPORT,
+            "audit_export_line_not_json", number=number, path=str(path), colno=error.colno, msg=error.msg
         ) from error
     except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else "it contains an overlong number"
         raise InvalidRequest(
-            f"Line {number} of {path} is not an audit event: {reason}.",
-            code="invalid_export",
-            remedy=USE_AN_EXPORT,
+            "audit_export_line_too_deep" if isinstance(error, RecursionError) else "audit_export_number_too_long",
+            number=number,
+            path=str(path),
         ) from error
     if not isinstance(event, dict):
-        raise InvalidRequest(
-            f"Line {number} of {path} is not an audit event, because it is not a JSON object.",
-            code="invalid_export",
-            remedy=USE_AN_EXPORT,
-        )
+        raise InvalidRequest("audit_export_line_not_object", number=number, path=str(path))
     return cast(Json, event)
 
 

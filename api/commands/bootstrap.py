@@ -23,7 +23,6 @@ from catalog.tables.tenancy import ApiKey
 from catalog.tenancy import authentication, projects
 
 log = logging.getLogger(__name__)
-COMMAND = "python -m api bootstrap"
 FIRST_KEY_NAME = "first operator key"
 
 
@@ -66,11 +65,11 @@ def warn_if_readable(folder: Path) -> None:
         )
 
 
-def open_existing(settings: Settings, *, if_older: str = compatibility.MIGRATE) -> Database:
+def open_existing(settings: Settings, *, if_older: str = "database_too_old") -> Database:
     """Open the existing database, and create none.
 
     Raises InvalidRequest if there is no database, and Conflict if it is damaged or its tables are older than this code;
-    `if_older` is the remedy for the latter.
+    `if_older` names the text of the latter.
     """
     url = make_url(settings.resolved_database_url())
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
@@ -79,17 +78,13 @@ def open_existing(settings: Settings, *, if_older: str = compatibility.MIGRATE) 
     with integrity.damage_refused(url), db.read() as session:
         if not inspect(session.connection()).has_table(ApiKey.__tablename__):
             raise _missing_database(settings, url)
-        compatibility.check_tables(session, remedy=if_older)
+        compatibility.check_tables(session, if_older=if_older)
     return db
 
 
 def _missing_database(settings: Settings, url: URL) -> InvalidRequest:
     return InvalidRequest(
-        f"There is no Lorry database at {url.render_as_string()}.",
-        code="database_not_set_up",
-        remedy=f"Set LORRY_DATA_DIR to an existing service's data folder, or create the database: `{COMMAND}`"
-        if settings.database_url is None
-        else f"Set LORRY_DATABASE_URL to an existing service's database, or create the database: `{COMMAND}`",
+        "no_database_in_data_dir" if settings.database_url is None else "no_database_at_url", url=url.render_as_string()
     )
 
 

@@ -24,6 +24,7 @@ from api.errors.validation import AGAIN, explain
 from api.rate_limits.limits import retry_headers
 from api.requests.strict_json import too_deep
 from catalog.disk import is_full, out_of_space
+from catalog.error_texts import ErrorText
 from catalog.errors import LorryError, QuotaExceeded, RateLimited, Unauthorized, Unavailable
 from catalog.inference.requests import AnswerFailed
 
@@ -32,23 +33,20 @@ log = logging.getLogger("lorry.api")
 
 def error_response(
     status: int,
+    text: ErrorText,
     *,
-    message: str,
-    code: str,
     type: str = "invalid_request_error",  # noqa: A002  (the field's name in the response)
-    param: str | None = None,
-    remedy: str,
     headers: Mapping[str, str] | None = None,
     quota: Mapping[str, Any] | None = None,
 ) -> Response:
     """Return an error response. The body is ASCII, because a message may quote a lone surrogate."""
     error: dict[str, Any] = {
-        "message": f"{message} {remedy}".strip(),
-        "remedy": remedy,
+        "message": text.sentence(),
+        "remedy": text.remedy,
         "type": type,
-        "param": param,
-        "code": code,
-        "doc_url": doc_url(code),
+        "param": text.param,
+        "code": text.code,
+        "doc_url": doc_url(text.code),
     }
     if quota is not None:
         error["quota"] = quota
@@ -69,11 +67,8 @@ def refusal(error: LorryError) -> Response:
         headers["www-authenticate"] = 'Bearer realm="lorry"'
     return error_response(
         error.status,
-        message=error.message,
-        remedy=error.remedy,
+        error.text,
         type=error.type,
-        param=error.param,
-        code=error.code,
         headers=headers,
         quota=error.quota if isinstance(error, QuotaExceeded) else None,
     )
@@ -81,13 +76,7 @@ def refusal(error: LorryError) -> Response:
 
 def internal_error(request_id: str) -> Response:
     """Return the response to a crash. It contains only the request id, with which an operator finds the log lines."""
-    return error_response(
-        500,
-        message="The request failed because of an internal error in the service.",
-        remedy=f"Try again. If the error persists, report request ID {request_id} to the operator.",
-        type="server_error",
-        code="internal_error",
-    )
+    return error_response(500, ErrorText.of("request_crashed", request_id=request_id), type="server_error")
 
 
 def install(app: FastAPI) -> None:
@@ -122,62 +111,47 @@ async def _on_http(request: Request, error: Exception) -> Response:
         return _unknown_route(request)
     if error.status_code == 405:
         error.headers = {"allow": _allowed(request)}
-    message, remedy, code = _sentence(request, error)
     kind = "server_error" if error.status_code >= 500 else "invalid_request_error"
-    return error_response(
-        error.status_code, message=message, remedy=remedy, type=kind, code=code, headers=error.headers
-    )
+    return error_response(error.status_code, _text(request, error), type=kind, headers=error.headers)
 
 
-def _sentence(request: Request, error: HTTPException) -> tuple[str, str, str]:
-    """(message, remedy, code)"""
-    allowed = " or ".join((error.headers or {}).get("allow", "another method").split(", "))
-    wrong_method = f"{_quoted(request.url.path)} does not accept {request.method} requests."
-    known: dict[int, tuple[str, str, str]] = {
-        400: (*_unreadable_body(error.__cause__), "invalid_json"),
-        405: (wrong_method, f"Use {allowed} instead.", "method_not_allowed"),
-        413: (
-            str(error.detail),
-            "Send a smaller body, or upload the data as a file with POST /v1/files.",
-            "request_too_large",
-        ),
-    }
-    return known.get(error.status_code, (str(error.detail), AGAIN, f"http_{error.status_code}"))
+def _text(request: Request, error: HTTPException) -> ErrorText:
+    match error.status_code:
+        case 400:
+            return _unreadable_body(error.__cause__)
+        case 405:
+            allowed = " or ".join((error.headers or {}).get("allow", "another method").split(", "))
+            path = _quoted(request.url.path)
+            return ErrorText.of("method_not_allowed", path=path, method=request.method, allowed=allowed)
+        case 413:
+            return ErrorText.of("body_too_large", detail=str(error.detail))
+        case status:
+            return ErrorText(code=f"http_{status}", message=str(error.detail), remedy=AGAIN)
 
 
-def _unreadable_body(cause: BaseException | None) -> tuple[str, str]:
-    """Return (message, remedy) for a body that FastAPI could not parse. It reports JSON's syntax errors itself."""
+def _unreadable_body(cause: BaseException | None) -> ErrorText:
+    """Return the error of a body that FastAPI could not parse. It reports JSON's syntax errors itself."""
     match cause:
         case UnicodeDecodeError():
-            return f"The request body is not UTF-8 text: byte {cause.start:,} is invalid.", "Encode the JSON as UTF-8."
+            return ErrorText.of("body_not_utf8", start=cause.start)
         case RecursionError():
-            error = too_deep()
-            return error.message, error.remedy
+            return too_deep().text
         case ValueError():
-            digits = sys.get_int_max_str_digits()
-            return f"The request body contains an integer with more than {digits:,} digits.", "Send a smaller number."
+            return ErrorText.of("body_integer_too_long", num_digits=sys.get_int_max_str_digits())
         case _:
-            return "The request body can't be read.", "Send one complete JSON object, encoded as UTF-8."
+            return ErrorText.of("body_unreadable")
 
 
 def _unknown_route(request: Request) -> Response:
-    path = request.url.path
-    known_elsewhere = unsupported.find(path)
-    if known_elsewhere is not None:
-        return error_response(
-            404,
-            message=f"There is no route {request.method} {_quoted(path)}. {known_elsewhere.message}",
-            remedy=known_elsewhere.remedy,
-            code="not_supported",
-        )
+    route = {"method": request.method, "path": _quoted(request.url.path)}
+    name = unsupported.find(request.url.path)
+    if name is not None:
+        return error_response(404, ErrorText.of(name, **route))
     templates: list[str] = list(request.app.methods)
-    similar = difflib.get_close_matches(path, templates, n=1, cutoff=0.75)
-    return error_response(
-        404,
-        message=f"There is no route {request.method} {_quoted(path)}.",
-        remedy=f"Did you mean {similar[0]}?" if similar else "See /openapi.json for a list of all routes.",
-        code="unknown_route",
-    )
+    similar = difflib.get_close_matches(request.url.path, templates, n=1, cutoff=0.75)
+    if similar:
+        return error_response(404, ErrorText.of("unknown_route_like", **route, similar=similar[0]))
+    return error_response(404, ErrorText.of("unknown_route", **route))
 
 
 def _allowed(request: Request) -> str:

@@ -4,42 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class NotOffered:
-    """A group of paths that Lorry does not support."""
-
-    paths: re.Pattern[str]
-    message: str
-    remedy: str
-
 
 INSTEAD_OF_REINFORCEMENT = (
     "Use a preference method (dpo, orpo, simpo, kto). Set evaluation.samples to see sample outputs of a job."
 )
-ALL = (
-    NotOffered(
-        paths=re.compile(r"/v1/fine_tuning/alpha/graders/[^/]*"),
-        message="Graders are not supported, because reinforcement fine-tuning is not supported.",
-        remedy=INSTEAD_OF_REINFORCEMENT,
-    ),
-    NotOffered(
-        paths=re.compile(r"/v1/(responses|embeddings|assistants|threads|moderations|images|audio)(/.*)?"),
-        message="This OpenAI endpoint is not supported.",
-        remedy="Use /v1/chat/completions or /v1/completions.",
-    ),
-    NotOffered(
-        paths=re.compile(r"/v1/organization(/.*)?"),
-        message="OpenAI's administration API is not supported.",
-        remedy="Use /v1/projects, /v1/api_keys, /v1/organizations, /v1/usage or /v1/audit_events.",
-    ),
-)
+NOT_OFFERED = {
+    re.compile(r"/v1/fine_tuning/alpha/graders/[^/]*"): "graders_not_offered",
+    re.compile(r"/v1/(responses|embeddings|assistants|threads|moderations|images|audio)(/.*)?"): "endpoint_not_offered",
+    re.compile(r"/v1/organization(/.*)?"): "administration_not_offered",
+}
+"""The error of each group of paths that Lorry does not support."""
 
 
-def find(path: str) -> NotOffered | None:
-    return next((one for one in ALL if one.paths.fullmatch(path)), None)
+def find(path: str) -> str | None:
+    """Return the name of the error's text; None for other paths."""
+    return next((name for paths, name in NOT_OFFERED.items() if paths.fullmatch(path)), None)
 
 
 OTHER_NAMES = {

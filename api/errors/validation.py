@@ -16,6 +16,7 @@ from typing import Any, cast, get_args
 from pydantic import BaseModel
 
 from api.errors.unsupported import INSTEAD_OF_REINFORCEMENT, UNSUPPORTED_VALUES, known_elsewhere, replacement
+from catalog.error_texts import ErrorText
 from catalog.errors import InvalidRequest
 from catalog.spec.model_fields import fields_of, models_in
 from catalog.spec.validation_messages import Location, Problem, by_field, expectation, field_path
@@ -39,7 +40,8 @@ def explain(problems: Sequence[Problem], *, body: Any, route: Any = None) -> Inv
         message += " 1 more problem was found." if num_more == 1 else ""
         message += f" {num_more} more problems were found." if num_more > 1 else ""
         remedy = ""
-    return InvalidRequest(message, code=code, param=first_path[:MAX_PATH_CHARS] or None, remedy=remedy or AGAIN)
+    param = first_path[:MAX_PATH_CHARS] or None
+    return InvalidRequest(ErrorText(code=code, message=message, remedy=remedy or AGAIN, param=param))
 
 
 def _path(problem: Problem, body: Any) -> str:

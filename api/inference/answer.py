@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from catalog.error_texts import ErrorText
 from catalog.errors import InvalidRequest, LorryError
 from catalog.inference.engines import INTERRUPTED
 from catalog.inference.requests import AnswerFailed
@@ -13,7 +14,7 @@ from catalog.serving.endpoints import BUILT_IN
 MAX_KEPT_BYTES = 2**23
 """Maximum size of what is kept of one answer until it is complete: its text, and its log-probabilities."""
 CLIENT_ERRORS = frozenset(
-    {"context_length_exceeded", "invalid_config", "template_refused_row", "template_without_tools",
+    {"context_length_exceeded", "invalid_config", "template_without_tools",
      "base_has_no_chat_template", "unusable_chat_template"}
 )  # fmt: skip
 """Codes of a trainer's errors that the request causes."""
@@ -63,20 +64,15 @@ class PartialAnswer:
         if self._num_kept_bytes <= MAX_KEPT_BYTES:
             return
         raise InvalidRequest(
-            f"The answer was stopped, because it exceeds the limit of {MAX_KEPT_BYTES / 2**20:g} MiB.",
-            code="answer_too_large",
-            remedy="Reduce max_tokens, n or the number of prompts."
-            if of == "text"
-            else "Reduce max_tokens, n or the number of log-probabilities. Or set stream to true.",
+            "text_answer_too_large" if of == "text" else "chat_answer_too_large",
+            max_kept_bytes=MAX_KEPT_BYTES / 2**20,
             param="max_tokens" if of == "text" else "logprobs",
         )
 
 
 def failure(error: Json, *, prompt: str) -> LorryError:
     """Return a worker's error for the client. prompt: the parameter that errors of the prompt name."""
-    code, message, remedy = str(error["code"]), str(error["message"]), str(error["remedy"])
-    if code in CLIENT_ERRORS:
-        param = "tools" if code == "template_without_tools" else prompt
-        return InvalidRequest(message, code=code, remedy=remedy, param=param)
-    kind = AnswerInterrupted if code in WORKER_ERRORS else AnswerFailed
-    return kind(message, code=code, remedy=remedy)
+    text = ErrorText(code=str(error["code"]), message=str(error["message"]), remedy=str(error["remedy"]))
+    if text.code in CLIENT_ERRORS:
+        return InvalidRequest(text, param="tools" if text.code == "template_without_tools" else prompt)
+    return AnswerInterrupted(text) if text.code in WORKER_ERRORS else AnswerFailed(text)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pydantic import ValidationError
 
@@ -11,7 +11,7 @@ from api.errors.validation import explain
 from api.inference.batch_schemas import BatchInputLine
 from api.inference.calls import CompletionCall, chat_call, text_call
 from api.schemas.inference import ChatCompletionRequest, CompletionRequest
-from catalog.datasets.row_json import BadRow, parse_object
+from catalog.datasets.row_json import BadRow, NotObject, parse_object
 from catalog.datasets.validator import BYTE_ORDER_MARK
 from catalog.db.database import Database
 from catalog.errors import InvalidRequest, LorryError
@@ -68,11 +68,7 @@ def _line(number: int, line: bytes, max_line_bytes: int) -> Iterator[tuple[int, 
 def parse(line: bytes, *, endpoint: str, max_line_bytes: int) -> BatchEntry:
     """Return the request of a line. Raises InvalidRequest, whose `param` is a path in the line."""
     if len(line) > max_line_bytes:
-        raise InvalidRequest(
-            f"The line exceeds the limit of {max_line_bytes:,} bytes.",
-            code="line_too_long",
-            remedy="Shorten the request, or ask the operator to raise LORRY_MAX_LINE_BYTES.",
-        )
+        raise InvalidRequest("batch_line_too_long", max_line_bytes=max_line_bytes)
     try:
         row = parse_object(line)
     except BadRow as error:
@@ -82,12 +78,7 @@ def parse(line: bytes, *, endpoint: str, max_line_bytes: int) -> BatchEntry:
     except ValidationError as error:
         raise _invalid(error, row) from error
     if given.url != endpoint:
-        raise InvalidRequest(
-            f"'url' is {given.url[:80]!a}, but the endpoint of the batch is {endpoint!r}.",
-            code="mismatched_endpoint",
-            remedy="Use the same endpoint for all lines and for the batch.",
-            param="url",
-        )
+        raise InvalidRequest("mismatched_endpoint", url=given.url[:80], endpoint=endpoint, param="url")
     return _entry(given, row)
 
 
@@ -105,25 +96,20 @@ def _entry(given: BatchInputLine, row: Json) -> BatchEntry:
     except ValidationError as error:
         raise _invalid(error, row, "body") from error
     if body.stream or body.stream_options is not None:
-        raise InvalidRequest(
-            "'body.stream' can't be used in a batch.",
-            code="invalid_value",
-            remedy="Remove 'stream' and 'stream_options' from the request.",
-            param="body.stream",
-        )
+        raise InvalidRequest("stream_in_batch", param="body.stream")
     try:
         call = chat_call(body) if isinstance(body, ChatCompletionRequest) else text_call(body)
     except InvalidRequest as error:
         param = f"body.{error.param}" if error.param else "body"
-        raise InvalidRequest(error.message, code=error.code, remedy=error.remedy, param=param) from error
+        raise InvalidRequest(error.text, param=param) from error
     return BatchEntry(custom_id=given.custom_id, model=body.model, call=call)
 
 
 def _bad_row(error: BadRow) -> InvalidRequest:
-    reason = error.reason[:1].upper() + error.reason[1:]
-    remedy = 'Use an object, such as {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body": {}}.'
-    is_other_kind = error.code == "row_not_object"
-    return InvalidRequest(f"{reason}.", code=error.code, remedy=remedy if is_other_kind else error.remedy)
+    if isinstance(error, NotObject):
+        return InvalidRequest("batch_line_not_object")
+    message = error.text.message
+    return InvalidRequest(replace(error.text, message=message[:1].upper() + message[1:]))
 
 
 def _invalid(error: ValidationError, row: Json, *within: str) -> InvalidRequest:
@@ -155,11 +141,7 @@ class InputCheck:
         self.num_lines += 1
         try:
             if self.num_lines > MAX_LINES:
-                raise InvalidRequest(
-                    f"The file exceeds the limit of {MAX_LINES:,} requests per batch.",
-                    code="too_many_lines",
-                    remedy="Split the file into several batches.",
-                )
+                raise InvalidRequest("too_many_lines", max_lines=MAX_LINES)
             self._check(number, line)
         except LorryError as error:
             if error.status >= 500:
@@ -170,11 +152,7 @@ class InputCheck:
         """Conclude the validation after the last line."""
         if not self.num_lines:
             self._note(
-                InvalidRequest(
-                    "The input file has no requests.",
-                    code="file_empty",
-                    remedy="Write at least one request, as JSON on one line.",
-                ),
+                InvalidRequest("batch_file_empty"),
                 None,
             )
 
@@ -183,10 +161,7 @@ class InputCheck:
         earlier = self._lines_by_id.setdefault(entry.custom_id, number)
         if earlier != number:
             raise InvalidRequest(
-                f"The custom_id {entry.custom_id[:80]!a} is also on line {earlier}.",
-                code="duplicate_custom_id",
-                remedy="Give each request its own custom_id.",
-                param="custom_id",
+                "duplicate_custom_id", custom_id=entry.custom_id[:80], earlier=earlier, param="custom_id"
             )
         if (error := self._why_not(entry.model)) is not None:
             raise error

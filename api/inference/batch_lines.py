@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -173,7 +173,7 @@ class BatchLines:
             self._is_input_intact = True
         request_id = new_id("infer")
         message = f"Line {number} of the input file is not valid any more. {error.message}"
-        shown = InvalidRequest(message, code=error.code, remedy=error.remedy, param=error.param)
+        shown = InvalidRequest(replace(error.text, message=message))
         result = failure_result(custom_id_of(line), shown, request_id)
         given: Json = {
             "base_model": None,

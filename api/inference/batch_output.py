@@ -13,6 +13,7 @@ from catalog.batches import execution
 from catalog.batches.execution import Outcome
 from catalog.db.database import Database
 from catalog.disk import full_disk_named
+from catalog.error_texts import ErrorText
 from catalog.errors import LorryError
 from catalog.storage.store import ArtifactStore, Blob
 from catalog.tables.batches import BatchLine
@@ -21,14 +22,8 @@ from catalog.tables.table import Json, new_id
 RESULTS_AT_ONCE = 10
 """Results in memory at once. Each may have many megabytes (answer.MAX_KEPT_BYTES)."""
 UNANSWERED: dict[Outcome, Json] = {
-    "cancelled": {
-        "code": "batch_cancelled",
-        "message": "The batch was cancelled before this request was answered. Send it again in a new batch.",
-    },
-    "expired": {
-        "code": "batch_expired",
-        "message": "The completion window expired before this request was answered. Send it again in a new batch.",
-    },
+    "cancelled": {"code": "batch_cancelled", "message": ErrorText.of("batch_cancelled").sentence()},
+    "expired": {"code": "batch_expired", "message": ErrorText.of("batch_expired").sentence()},
 }
 """Errors of lines without a result."""
 
@@ -41,11 +36,7 @@ class AnswerCrashed(LorryError):
 
 
 def answer_crashed(request_id: str) -> AnswerCrashed:
-    return AnswerCrashed(
-        "The answer could not be completed because of an internal error in the service.",
-        code="internal_error",
-        remedy=f"Send the request again. If the error persists, report request ID {request_id} to the operator.",
-    )
+    return AnswerCrashed("internal_error", request_id=request_id)
 
 
 def success_result(custom_id: str, request_id: str, body: str) -> Json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from api.inference.responses import ChatFormat, TextFormat, head_of
@@ -48,12 +48,7 @@ def chat_call(body: ChatCompletionRequest) -> CompletionCall:
     names = frozenset(tool["function"]["name"] for tool in prompt.get("tools", ()))
     num_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     if body.top_logprobs and not body.logprobs:
-        raise InvalidRequest(
-            "top_logprobs is set, but logprobs is not true.",
-            code="invalid_value",
-            remedy="Set logprobs to true, or omit top_logprobs.",
-            param="top_logprobs",
-        )
+        raise InvalidRequest("top_logprobs_without_logprobs", param="top_logprobs")
     limit = body.max_completion_tokens or body.max_tokens
 
     def form(model: Model) -> ChatFormat:
@@ -72,10 +67,11 @@ def text_call(body: CompletionRequest) -> CompletionCall:
     num_choices = (body.n or 1) * len(prompts)
     if num_choices > MAX_TEXT_CHOICES:
         raise InvalidRequest(
-            f"The request asks for {num_choices} answers: n is {body.n or 1}, and there are {len(prompts)} "
-            f"prompts. The maximum is {MAX_TEXT_CHOICES}.",
-            code="too_many_answers",
-            remedy="Reduce n, or send fewer prompts in one request.",
+            "too_many_answers",
+            num_choices=num_choices,
+            n=body.n or 1,
+            num_prompts=len(prompts),
+            max_text_choices=MAX_TEXT_CHOICES,
             param="n",
         )
     limit = body.max_tokens or DEFAULT_COMPLETION_TOKENS
@@ -91,7 +87,7 @@ def text_call(body: CompletionRequest) -> CompletionCall:
 def _messages(body: ChatCompletionRequest) -> list[Any]:
     _check_characters(body.messages, "messages")
     try:
-        return list(check_messages("messages", json.loads(json.dumps(body.messages)), remedy="Use a list of messages."))
+        return list(check_messages("messages", json.loads(json.dumps(body.messages)), form="a list of messages"))
     except BadRow as error:
         raise _bad_field(error, "messages") from error
 
@@ -108,14 +104,12 @@ def _check_characters(value: Any, param: str) -> None:
     try:
         check_characters(value)
     except BadRow as error:
-        raise InvalidRequest(
-            f"In '{param}', {error.reason}.", code=error.code, remedy=error.remedy, param=param
-        ) from error
+        raise InvalidRequest(replace(error.text, message=f"In '{param}', {error.text.message}"), param=param) from error
 
 
 def _bad_field(error: BadRow, param: str) -> InvalidRequest:
-    reason = error.reason[:1].upper() + error.reason[1:]
-    return InvalidRequest(f"{reason}.", code=error.code, remedy=error.remedy, param=param)
+    message = error.text.message
+    return InvalidRequest(replace(error.text, message=message[:1].upper() + message[1:]), param=param)
 
 
 def _parameters(

@@ -129,13 +129,7 @@ class Engines:
             return
         project_id = request.project_id
         if self._num_open[project_id] >= MAX_OPEN:
-            raise RateLimited(
-                f"The project has reached its limit of {MAX_OPEN} open inference requests.",
-                code="too_many_inference_requests",
-                remedy="Wait until some of them are answered.",
-                retry_after_seconds=1,
-                headers={},
-            )
+            raise RateLimited("too_many_inference_requests", max_open=MAX_OPEN, retry_after_seconds=1, headers={})
         self._num_open[project_id] += 1
         try:
             yield
@@ -392,8 +386,4 @@ def _ended(lost: EndpointFailure, *, is_chat: bool) -> LorryError:
 def _interrupted(reason: str) -> AnswerInterrupted:
     """Return the error for the client. reason: only for the log, because it contains text of the server."""
     log.warning("interrupted answer: %s", reason)
-    return AnswerInterrupted(
-        "The engine did not complete the answer.",
-        code="answer_interrupted",
-        remedy="Send the request again.",
-    )
+    return AnswerInterrupted("answer_interrupted")

@@ -15,6 +15,8 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from catalog.error_texts import ErrorText
+
 MIN_BODY_BYTES = 2**14
 """Bytes of a body that a client must send within `body_seconds`, unless the body ends earlier."""
 MIN_RESPONSE_BYTES = 2**18
@@ -111,10 +113,9 @@ class HttpConnection(H11Protocol):
         self._close("headers", is_abrupt=False)
 
     def _send_408(self) -> None:
-        remedy = "Send the request again. If this recurs, check the network between the client and the service."
-        message = f"The request headers did not arrive within {self.timeouts.header_seconds:g} seconds. {remedy}"
-        error = {"message": message, "remedy": remedy, "type": "invalid_request_error", "param": None}
-        body = json.dumps({"error": {**error, "code": "request_timeout"}}).encode("ascii")
+        text = ErrorText.of("request_timeout", seconds=self.timeouts.header_seconds)
+        error = {**text.report(), "message": text.sentence(), "type": "invalid_request_error", "param": None}
+        body = json.dumps({"error": error}).encode("ascii")
         headers = [("content-type", "application/json"), ("content-length", str(len(body))), ("connection", "close")]
         response = h11.Response(status_code=408, headers=headers, reason=b"Request Timeout")
         for event in (response, h11.Data(data=body), h11.EndOfMessage()):

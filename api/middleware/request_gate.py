@@ -26,6 +26,7 @@ from api.telemetry import Telemetry, route_template
 from catalog import logs, tracing
 from catalog.audit import log as audit
 from catalog.caller import Caller
+from catalog.error_texts import ErrorText
 from catalog.errors import Unauthorized, Unavailable
 
 UPLOADS = re.compile(r"/v1/files|/v1/uploads/[^/]+/parts")
@@ -133,30 +134,19 @@ class Gate:
         headers = Headers(scope=scope)
         host = headers.get("host", "")
         if not self._hosts.admits(host):
-            return error_response(
-                421,
-                message=f"The Host header is {host[:80]!a}, which is not a hostname of this service.",
-                remedy="Use the service's own address, or ask the operator to add this hostname, without the port, to "
-                "LORRY_ALLOWED_HOSTS.",
-                code="unknown_host",
-            )
-        if "\0" in scope["path"] or b"%00" in scope.get("query_string", b""):
-            place = "path" if "\0" in scope["path"] else "query string"
-            message = f"The URL's {place} contains a NUL character (%00)."
-            return error_response(400, message=message, remedy=f"Remove `%00` from the {place}.", code="invalid_path")
+            return error_response(421, ErrorText.of("unknown_host", host=host[:80]))
+        if "\0" in scope["path"]:
+            return error_response(400, ErrorText.of("nul_in_path"))
+        if b"%00" in scope.get("query_string", b""):
+            return error_response(400, ErrorText.of("nul_in_query_string"))
         declared = headers.get("content-length", "0")
         if _is_bounded(scope) and declared.isdecimal() and int(declared) > self._max_body_bytes:
             return self._too_large(int(declared))
         return _limited(scope, headers)
 
     def _too_large(self, declared_bytes: int) -> Response:
-        maximum = self._max_body_bytes
-        return error_response(
-            413,
-            message=f"The request body has {declared_bytes:,} bytes, but the maximum is {maximum:,} bytes.",
-            remedy="Send a smaller body, or upload the data as a file with POST /v1/files.",
-            code="request_too_large",
-        )
+        text = ErrorText.of("request_too_large", declared_bytes=declared_bytes, maximum=self._max_body_bytes)
+        return error_response(413, text)
 
     def _note(self, exchange: _Exchange) -> None:
         seconds = time.monotonic() - exchange.began
@@ -202,12 +192,7 @@ def _credential(scope: Scope, headers: Headers) -> str | None:
 
 
 def _shutting_down() -> Unavailable:
-    return Unavailable(
-        "The API server shut down before it could finish the request.",
-        code="shutting_down",
-        remedy="Send the request again, with the same Idempotency-Key. If you sent none, first check whether the "
-        "request took effect, for example with `lorry jobs list`.",
-    )
+    return Unavailable("shutting_down")
 
 
 @contextmanager

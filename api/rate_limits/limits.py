@@ -210,13 +210,31 @@ def retry_headers(error: RateLimited) -> Mapping[str, str]:
 def _rate_limited(bucket_state: BucketState, api_key_id: str) -> RateLimited:
     after = bucket_state.retry_after_seconds
     limit = bucket_state.rate.limit
-    requests = "1 request" if limit == 1 else f"{limit:,} requests"
-    remedy = f"Try again in {duration(after)}." if math.isfinite(after) else "Send fewer requests at once."
+    if limit == 1:
+        if math.isfinite(after):
+            return RateLimited(
+                "one_request_per_minute",
+                key=api_key_id,
+                after=duration(after),
+                retry_after_seconds=after,
+                headers=headers(bucket_state),
+            )
+        return RateLimited(
+            "one_request_per_minute_at_once", key=api_key_id, retry_after_seconds=after, headers=headers(bucket_state)
+        )
+    if math.isfinite(after):
+        return RateLimited(
+            "requests_per_minute",
+            key=api_key_id,
+            limit=limit,
+            after=duration(after),
+            retry_after_seconds=after,
+            headers=headers(bucket_state),
+        )
     return RateLimited(
-        f"API key {api_key_id} has reached its limit of {requests} per minute.",
-        code="rate_limit_exceeded",
-        remedy=f"{remedy} An operator can raise the limit: "
-        f"`lorry keys update {api_key_id} --requests-per-minute NUMBER`",
+        "requests_per_minute_at_once",
+        key=api_key_id,
+        limit=limit,
         retry_after_seconds=after,
         headers=headers(bucket_state),
     )
@@ -236,12 +254,28 @@ def _network(address: str | None) -> str:
 def _too_many_failures(bucket_state: BucketState, address: str | None) -> RateLimited:
     after = bucket_state.retry_after_seconds
     network = _network(address)
-    client = f"The {'network' if '/' in network else 'address'} {network}" if address else "This client"
+    if address:
+        if "/" in network:
+            return RateLimited(
+                "too_many_failures_of_network",
+                network=network,
+                limit=FAILURES.limit,
+                after=duration(after),
+                retry_after_seconds=after,
+                headers={},
+            )
+        return RateLimited(
+            "too_many_failures_of_address",
+            network=network,
+            limit=FAILURES.limit,
+            after=duration(after),
+            retry_after_seconds=after,
+            headers={},
+        )
     return RateLimited(
-        f"{client} has reached the limit of {FAILURES.limit} failed authentications per minute.",
-        code="too_many_failed_authentications",
-        remedy=f"Check the API key or sign-in link, then try again in {duration(after)}. For the address of a reverse "
-        "proxy, ask the operator to add it to LORRY_TRUSTED_PROXIES.",
+        "too_many_failures_of_client",
+        limit=FAILURES.limit,
+        after=duration(after),
         retry_after_seconds=after,
         headers={},
     )

@@ -95,10 +95,7 @@ class SlowWork:
                         await held.enter_async_context(self._places)
                 except TimeoutError as error:
                     raise Unavailable(
-                        f"This request waited {self.wait_seconds:g} s for other uploads and verifications: {owner} can "
-                        f"run at most {maximum} at the same time.",
-                        code="files_busy",
-                        remedy="Wait until other uploads and verifications have finished, then try again.",
+                        "files_busy", wait_seconds=self.wait_seconds, owner=owner, maximum=maximum
                     ) from error
                 yield
         finally:

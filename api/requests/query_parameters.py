@@ -42,19 +42,9 @@ def metadata_filter(query: QueryParams) -> dict[str, str] | None:
     if plain is None:
         return pairs or None
     if plain != "null":
-        raise InvalidRequest(
-            f"The query parameter 'metadata' is {plain[:80]!a}, but must be null.",
-            code="invalid_value",
-            remedy="To filter by metadata, use metadata[KEY]=VALUE. To find jobs without metadata, use metadata=null.",
-            param="metadata",
-        )
+        raise InvalidRequest("metadata_filter_not_null", plain=plain[:80], param="metadata")
     for key in pairs:
-        raise InvalidRequest(
-            f"The query parameter metadata=null can't be combined with {f'metadata[{key[:80]}]'!a}.",
-            code="invalid_value",
-            remedy="Remove metadata=null to filter by metadata, or metadata[KEY] to find jobs without metadata.",
-            param="metadata",
-        )
+        raise InvalidRequest("metadata_filters_conflict", key=f"metadata[{key[:80]}]", param="metadata")
     return {}
 
 
@@ -66,10 +56,11 @@ def query_parameters(dependant: Dependant) -> set[str]:
 
 def _unknown(name: str, known: set[str]) -> InvalidRequest:
     similar = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-    listed = f"Remove it. This operation accepts {', '.join(map(repr, sorted(known))) or 'no query parameters'}."
+    if similar:
+        return InvalidRequest("unknown_query_parameter_like", name=name[:80], similar=similar[0], param=name[:80])
     return InvalidRequest(
-        f"Unknown query parameter {name[:80]!a}.",
-        code="unknown_parameter",
-        remedy=f"Did you mean {similar[0]!r}?" if similar else listed,
+        "unknown_query_parameter",
+        name=name[:80],
+        known=", ".join(map(repr, sorted(known))) or "no query parameters",
         param=name[:80],
     )

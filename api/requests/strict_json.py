@@ -101,39 +101,20 @@ def _path(place: _Place) -> str:
 
 def too_deep() -> InvalidRequest:
     """Return the error of a body that is nested too deeply. FastAPI can't even parse some of them."""
-    return InvalidRequest(
-        f"The request body is nested too deeply: it has more than {MAX_NESTING} levels of lists and objects.",
-        code="invalid_json",
-        remedy="Reduce the nesting of its lists and objects.",
-    )
+    return InvalidRequest("body_too_deep", max_nesting=MAX_NESTING)
 
 
 def _repeated(path: str) -> InvalidRequest:
-    return InvalidRequest(
-        f"The field {path[:200]!a} appears more than once in the same JSON object.",
-        code="duplicate_field",
-        remedy="Send the field only once.",
-        param=path[:200],
-    )
+    return InvalidRequest("duplicate_field", path=path[:200], param=path[:200])
 
 
 def _not_json(path: str, name: str) -> InvalidRequest:
-    return InvalidRequest(
-        f"{_named(path)} is {name}, which is not valid in JSON.",
-        code="number_not_finite",
-        remedy="Use a finite number, or remove the value.",
-        param=path[:200] or None,
-    )
+    return InvalidRequest("parameter_not_json_number", path=_named(path), name=name, param=path[:200] or None)
 
 
 def _out_of_range(path: str, text: str) -> InvalidRequest:
     shown = text if len(text) <= 40 else f"{text[:40]}…"
-    return InvalidRequest(
-        f"{_named(path)} is {shown}, which is not between -1.8e308 and 1.8e308.",
-        code="number_not_finite",
-        remedy="Use a number within this range.",
-        param=path[:200] or None,
-    )
+    return InvalidRequest("parameter_out_of_range", path=_named(path), shown=shown, param=path[:200] or None)
 
 
 def _named(path: str) -> str:

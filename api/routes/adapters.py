@@ -98,12 +98,7 @@ def get_adapter_file(adapter: Adapter, path: FilePath, use: Use, caller: Signed)
     file = _manifest(view).file(path)
     if file is None:
         names = ", ".join(item.path for item in _manifest(view).files)
-        raise AdapterFileNotFound(
-            f"The adapter {adapter!r} does not contain the file {path!r}.",
-            code="adapter_file_not_found",
-            remedy=f"Use one of these paths: {names}.",
-            param="path",
-        )
+        raise AdapterFileNotFound("adapter_file_not_found", adapter=adapter, path=path, names=names, param="path")
     return Download(
         use.downloads,
         partial(use.store.open_blob, file.digest, chunk_bytes=READ_BYTES),

@@ -95,12 +95,7 @@ def get_prometheus_metrics(
         require_operator(authentication.authenticate(use.db, secret=credentials.credentials, pepper=use.pepper))
     elif use.api_settings.public_url or not _is_from_this_machine(request):
         raise Unauthorized(
-            "/metrics requires an operator key, because LORRY_PUBLIC_URL is set."
-            if use.api_settings.public_url
-            else "/metrics requires an operator key, because this request does not come directly from the API server's "
-            "own machine.",
-            code="missing_api_key",
-            remedy="Send the header `Authorization: Bearer YOUR_KEY` with an operator key.",
+            "metrics_key_missing_at_public_url" if use.api_settings.public_url else "metrics_key_missing"
         )
     return Response(use.telemetry.expose(metrics.read(use.db)), media_type=CONTENT_TYPE_LATEST)
 

@@ -215,10 +215,5 @@ def event_seq(after: str | None) -> int | None:
         return None
     number = after.removeprefix(EVENT_PREFIX)
     if not (number.isascii() and number.isdecimal() and len(number) < 19):
-        raise InvalidRequest(
-            f"'after' is {after[:80]!a}, which is not an event ID.",
-            code="unknown_cursor",
-            remedy=f"Use the ID of the last event on the previous page, for example {EVENT_PREFIX}417.",
-            param="after",
-        )
+        raise InvalidRequest("unknown_event_cursor", after=after[:80], param="after")
     return int(number)

@@ -75,11 +75,7 @@ async def open_sign_in_link(
     caller, _ = await _read_link(request, use, body.token)
     current = await run_in_threadpool(_signed_in, use, session)
     if current is not None and current.api_key_id != caller.api_key_id and not body.replaces_session:
-        raise Conflict(
-            f"This browser is already signed in to the project {current.project_name!r} with the key {current.name!r}.",
-            code="session_exists",
-            remedy="Sign out first, or set 'replaces_session' to true.",
-        )
+        raise Conflict("session_exists", project_name=current.project_name, current=current.name)
     secret = await run_in_threadpool(_exchange, use, token=body.token, replaced=session)
     _set_cookie(request, response, use, secret)
     return browser_session(caller, use.settings)

@@ -159,15 +159,11 @@ async def test_webhook_endpoint(
         error = outcome.error or ""
         reason = error.removesuffix(OPENED).rstrip()
         raise Conflict(
-            f"The test of webhook endpoint {endpoint.id} failed. {reason}",
-            code="webhook_endpoint_unreachable",
-            remedy=OPENED
+            "webhook_test_blocked"
             if error.endswith(OPENED)
-            else "Check that the endpoint's certificate is valid for its hostname, and that a public authority issued "
-            "it."
-            if "CERTIFICATE_VERIFY_FAILED" in error
-            else "Check that the endpoint's URL is correct, and that the endpoint accepts and answers requests from "
-            "the service.",
+            else ("webhook_test_certificate" if "CERTIFICATE_VERIFY_FAILED" in error else "webhook_test_failed"),
+            endpoint=endpoint.id,
+            reason=reason,
         )
     return WebhookTestResult(
         webhook_endpoint_id=endpoint.id,

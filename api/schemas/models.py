@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from api.schemas import Deleted
 from api.schemas.errors import StoredError
 from catalog.datasets.chat_templates import TEMPLATES
+from catalog.error_texts import ErrorText
 from catalog.inference.availability import InferenceState
 from catalog.registry import checkpoints
 from catalog.registry.base_models import SOURCE_PATTERN
@@ -130,11 +131,8 @@ def base_object(row: BaseModelRow, *, local_path: str | None, shows_paths: bool)
 
 def _without_paths(name: str, error: dict[str, Any]) -> dict[str, Any]:
     """Return a generic error, because the import's own message may quote paths and logs of the service's machine."""
-    return {
-        "code": error.get("code", "import_failed"),
-        "message": f"The import of {name!r} failed.",
-        "remedy": f"Ask an operator to find the reason with `lorry models show {name}`, and to add the model again.",
-    }
+    text = ErrorText.of("import_failed_elsewhere", name=name)
+    return {**text.report(), "code": error.get("code", text.code)}
 
 
 def adapter_model(row: Adapter) -> ModelObject:

@@ -49,13 +49,7 @@ def check_folder(folder: str) -> None:
     elif not os.access(path, os.W_OK | os.X_OK):
         problem = "is not writable for this API server"
     if problem is not None:
-        raise InvalidRequest(
-            f"The adapter folder {folder[:200]!r} {problem}.",
-            code="invalid_adapter_folder",
-            remedy="Use the absolute path of a folder that each API server and the inference server see at the same "
-            "path. API servers write to it.",
-            param="adapter_folder",
-        )
+        raise InvalidRequest("invalid_adapter_folder", folder=folder[:200], problem=problem, param="adapter_folder")
 
 
 def endpoint_folder(adapter_folder: str, *, service_id: str, endpoint_id: str) -> Path:

@@ -64,11 +64,7 @@ class Downloads:
             if self._of_projects[project_id] >= self._per_project:
                 raise _too_many(f"Project {project_id}", self._per_project)
             if self._of_keys.total() >= self._per_process:
-                raise Unavailable(
-                    f"The API server has reached its limit of {self._per_process} downloads at one time.",
-                    code="downloads_busy",
-                    remedy="Wait until other downloads have finished, then try again.",
-                )
+                raise Unavailable("downloads_busy", per_process=self._per_process)
             self._of_keys[api_key_id] += 1
             self._of_projects[project_id] += 1
         try:
@@ -140,11 +136,6 @@ class Download(Response):
 
 
 def _too_many(owner: str, limit: int) -> RateLimited:
-    downloads = "1 concurrent download" if limit == 1 else f"{limit} concurrent downloads"
-    return RateLimited(
-        f"{owner} has reached its maximum of {downloads}.",
-        code="too_many_downloads",
-        remedy="Wait until a running download has finished, then try again.",
-        retry_after_seconds=BUSY_SECONDS,
-        headers={},
-    )
+    if limit == 1:
+        return RateLimited("one_download_at_once", owner=owner, retry_after_seconds=BUSY_SECONDS, headers={})
+    return RateLimited("too_many_downloads", owner=owner, limit=limit, retry_after_seconds=BUSY_SECONDS, headers={})

@@ -114,14 +114,10 @@ def remove_stale(folder: Path) -> None:
 
 
 def _too_large(max_bytes: int, shape: FormShape, *, declared_bytes: int | None = None) -> TooLarge:
-    return TooLarge(
-        f"The {shape.noun} exceeds the limit of {max_bytes:,} bytes."
-        if declared_bytes is None
-        else f"The request has {declared_bytes:,} bytes, but a {shape.noun} can have at most {max_bytes:,} bytes.",
-        code=shape.too_large,
-        remedy=shape.smaller,
-        param=shape.content,
-    )
+    if declared_bytes is not None:
+        name = f"declared_{shape.noun}_too_large"
+        return TooLarge(name, declared_bytes=declared_bytes, max_bytes=max_bytes, param=shape.content)
+    return TooLarge(f"{shape.noun}_too_large", max_bytes=max_bytes, param=shape.content)
 
 
 async def _parse(
@@ -140,19 +136,12 @@ async def _parse(
                 await run_in_threadpool(spool.write, form.take())
         parser.finalize()
     except FormParserError as error:
-        fault = _fault(error, num_parsed)
         raise InvalidRequest(
-            f"The request body is not a valid multipart form: {fault}.",
-            code="invalid_multipart",
-            remedy=form.shape.remedy,
-            param=form.shape.content,
+            f"{form.shape.noun}_form_invalid", fault=_fault(error, num_parsed), param=form.shape.content
         ) from error
     except ClientDisconnect as error:
         raise InvalidRequest(
-            f"The client disconnected after {total:,} bytes, before the upload of the {form.shape.noun} finished.",
-            code="invalid_multipart",
-            remedy=f"Upload the {form.shape.noun} again.",
-            param=form.shape.content,
+            "upload_interrupted", total=total, content=form.shape.noun, param=form.shape.content
         ) from error
     if form.pending:
         await run_in_threadpool(spool.write, form.take())
@@ -171,13 +160,9 @@ def _boundary(request: Request, shape: FormShape) -> bytes:
     kind, options = parse_options_header(given)
     boundary = options.get(b"boundary", b"")
     if kind != b"multipart/form-data" or not boundary:
-        found = f"The Content-Type header is {given[:80]!a}" if given else "The request has no Content-Type header"
-        raise InvalidRequest(
-            f"{found}, but uploads require multipart/form-data with a boundary.",
-            code="invalid_multipart",
-            remedy=shape.remedy,
-            param=shape.content,
-        )
+        if given:
+            raise InvalidRequest(f"{shape.noun}_content_type_invalid", content_type=given[:80], param=shape.content)
+        raise InvalidRequest(f"{shape.noun}_content_type_missing", param=shape.content)
     return boundary
 
 

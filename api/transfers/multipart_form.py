@@ -27,12 +27,6 @@ class FormShape:
     content: str
     needed: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
-    remedy: str
-    """Describes how to send the form."""
-    too_large: str
-    """Error code for content that is too large."""
-    smaller: str
-    """Remedy for content that is too large."""
 
     def fields(self) -> tuple[str, ...]:
         return (*self.needed, self.content, *self.optional)
@@ -43,18 +37,10 @@ FILE = FormShape(
     content="file",
     needed=("purpose",),
     optional=("expires_after[anchor]", "expires_after[seconds]"),
-    remedy="Send a multipart/form-data request with a 'purpose' field and a 'file' field, as `client.files.create()` "
-    "in the OpenAI SDK does. Let the HTTP library set Content-Type.",
-    too_large="file_too_large",
-    smaller="Split the file into several files, or ask the operator to raise LORRY_MAX_FILE_BYTES.",
 )
 PART = FormShape(
     noun="part",
     content="data",
-    remedy="Send a multipart/form-data request with a 'data' field, as `client.uploads.parts.create()` in the OpenAI "
-    "SDK does. Let the HTTP library set Content-Type.",
-    too_large="part_too_large",
-    smaller="Split the file into smaller parts.",
 )
 
 
@@ -88,22 +74,11 @@ class UploadForm:
 
     def check_complete(self) -> None:
         if not self._ended:
-            raise InvalidRequest(
-                "The form ends before its closing boundary, so the upload is incomplete.",
-                code="invalid_multipart",
-                remedy=f"Upload the {self.shape.noun} again. If this recurs, make the client end the form with "
-                "`--BOUNDARY--`.",
-                param=self.shape.content,
-            )
+            raise InvalidRequest("form_not_closed", content=self.shape.noun, param=self.shape.content)
         sent = self._fields if self._filename is None else {*self._fields, self.shape.content}
         for name in (self.shape.content, *self.shape.needed):
             if name not in sent:
-                raise InvalidRequest(
-                    f"The form field '{name}' is missing.",
-                    code="missing_required_parameter",
-                    remedy=self.shape.remedy,
-                    param=name,
-                )
+                raise InvalidRequest(f"field_of_{self.shape.noun}_missing", name=name, param=name)
 
     def callbacks(self) -> MultipartCallbacks:
         return {
@@ -139,13 +114,7 @@ class UploadForm:
         self._check_name()
         if self._name == self.shape.content:
             if b"filename" not in options:
-                raise InvalidRequest(
-                    f"The form field '{self._name}' has no filename.",
-                    code="invalid_multipart",
-                    remedy=f'Add a filename to the field\'s Content-Disposition header: name="{self._name}"; '
-                    'filename="data.jsonl"',
-                    param=self._name,
-                )
+                raise InvalidRequest("form_field_without_filename", name=self._name, param=self._name)
             self._filename = options[b"filename"].decode("utf-8", "replace")
         else:
             self._fields[self._name] = bytearray()
@@ -156,20 +125,11 @@ class UploadForm:
         known = self.shape.fields()
         if name not in known:
             similar = difflib.get_close_matches(name, known, n=1)
-            listed = f"Remove it. The form accepts only {', '.join(map(repr, known))}."
-            raise InvalidRequest(
-                f"Unknown form field '{shown}'.",
-                code="unknown_parameter",
-                remedy=f"Did you mean '{similar[0]}'?" if similar else listed,
-                param=shown,
-            )
+            if similar:
+                raise InvalidRequest("unknown_form_field_like", shown=shown, similar=similar[0], param=shown)
+            raise InvalidRequest("unknown_form_field", shown=shown, known=", ".join(map(repr, known)), param=shown)
         if name in self._fields or (name == self.shape.content and self._filename is not None):
-            raise InvalidRequest(
-                f"The form field '{name}' appears more than once.",
-                code="repeated_parameter",
-                remedy=f"Send '{name}' only once.",
-                param=name,
-            )
+            raise InvalidRequest("repeated_parameter", name=name, param=name)
 
     def _add_data(self, data: bytes, start: int, end: int) -> None:
         if self._name == self.shape.content:
@@ -178,10 +138,7 @@ class UploadForm:
         field = self._fields[self._name]
         if len(field) + end - start > MAX_FIELD_BYTES:
             raise InvalidRequest(
-                f"The form field '{self._name}' exceeds the limit of {MAX_FIELD_BYTES:,} bytes.",
-                code="invalid_value",
-                remedy=f"Shorten '{self._name}' to at most {MAX_FIELD_BYTES:,} bytes.",
-                param=self._name,
+                "form_field_too_long", name=self._name, max_field_bytes=MAX_FIELD_BYTES, param=self._name
             )
         field += data[start:end]
 

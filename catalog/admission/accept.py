@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast, get_args
 
 from sqlalchemy.orm import Session
 
 from catalog.admission.serving_target import check_serving_target
 from catalog.admission.target_layers import Targets
-from catalog.datasets import chat_templates
 from catalog.datasets.formats import PREFERENCE, UNPAIRED, DataKind, RowKind, row_kind
 from catalog.db.database import Database, get_once
+from catalog.error_texts import ErrorText
 from catalog.errors import InvalidRequest, LorryError, NotFound
 from catalog.fleet import views
 from catalog.lifecycle import queue_position
@@ -25,7 +25,6 @@ from catalog.spec import evaluation_schedule
 from catalog.spec.data import check_data
 from catalog.spec.integrations import install_hint
 from catalog.spec.job import FleetDefaults, JobRequest, JobSpec, ParentSpec, resolve
-from catalog.spec.job_warnings import Caution
 from catalog.spec.lora import LoraSpec, begins_with_the_base, resolve_lora
 from catalog.spec.methods import MethodType, compared_kind
 from catalog.spec.training import BASE_LEARNING_RATE
@@ -66,7 +65,7 @@ class Accepted:
     base: BaseModelRow
     training: File
     validation: File | None
-    cautions: tuple[Caution, ...]
+    cautions: tuple[ErrorText, ...]
     """Warnings about settings that are valid but probably unintended."""
 
 
@@ -184,29 +183,19 @@ def job_row(accepted: Accepted, targets: Targets, *, project_id: str, created_by
     )
 
 
-def find_cautions(request: JobRequest, spec: JobSpec, training: File, validation: File | None) -> Iterator[Caution]:
+def find_cautions(request: JobRequest, spec: JobSpec, training: File, validation: File | None) -> Iterator[ErrorText]:
     """Yield warnings about settings that are valid but probably unintended."""
     if validation is not None and validation.digest == training.digest:
-        same = "the same file" if validation.id == training.id else "files with the same content"
-        message = (
-            f"validation_file ({validation.id}) and training_file ({training.id}) are {same}, so the validation loss "
-            "does not measure performance on unseen data."
+        yield ErrorText.of(
+            "validation_is_training" if validation.id == training.id else "validation_equals_training",
+            validation=validation.id,
+            training=training.id,
         )
-        remedy = "Set validation_file to a file with rows that are not in the training file."
-        yield Caution(code="validation_is_training", message=message, remedy=remedy)
     if request.max_length != "auto" and spec.max_length < request.max_length:
-        message = (
-            f"max_length was lowered from {request.max_length} to {spec.max_length} tokens, the base model's maximum."
-        )
-        remedy = "To train on longer rows, choose a base model with a longer context."
-        yield Caution(code="max_length_lowered", message=message, remedy=remedy)
+        yield ErrorText.of("max_length_lowered", requested=request.max_length, maximum=spec.max_length)
     num_steps = evaluation_schedule.most_steps(spec, training.num_rows or 0)
     if num_steps is not None and evaluation_schedule.interval_is_too_long(spec, num_steps):
-        yield Caution(
-            code="evaluations_too_late",
-            message=evaluation_schedule.too_late(spec, num_steps),
-            remedy=evaluation_schedule.evaluate_often(num_steps),
-        )
+        yield evaluation_schedule.too_late(spec, num_steps)
 
 
 def _base_name(request: JobRequest, parent: Adapter | None) -> str:
@@ -218,12 +207,7 @@ def _usable_base(session: Session, caller: Caller, name: str) -> BaseModelRow:
     """Return the base model, locked against deletion until the job that refers to it exists."""
     base = base_models.find(session, name, lock="share")
     if base.state == "importing":
-        raise InvalidRequest(
-            f"Base model {name!r} is still being imported.",
-            code="model_not_ready",
-            remedy="Send the request again once GET /v1/models shows the model's state as 'ready'.",
-            param="model",
-        )
+        raise InvalidRequest("model_not_ready", name=name, param="model")
     if base.state != "ready":
         raise _import_failed(base, is_operator=caller.is_operator)
     return base
@@ -232,51 +216,32 @@ def _usable_base(session: Session, caller: Caller, name: str) -> BaseModelRow:
 def _import_failed(base: BaseModelRow, *, is_operator: bool) -> InvalidRequest:
     """Build the error. Only operators see the import's own message and remedy, which may quote folders and logs."""
     error = base.error or {}
-    reason = error.get("code", "import_failed")
-    remedy = (
-        "Choose another base model, or ask an operator to correct the problem that GET /v1/models shows and to import "
-        "the model again."
-    )
-    if is_operator:
-        reason = str(error.get("message") or reason).rstrip(" .")
-        own_hint = error.get("remedy") or "Add the model again with `lorry models add`."
-        remedy = f"{own_hint} Or choose another base model."
-    is_whole = reason.startswith(f"The import of base model {base.name!r} ")
-    return InvalidRequest(
-        f"{reason}." if is_whole else f"The import of base model {base.name!r} failed: {reason}.",
-        code="model_import_failed",
-        remedy=remedy,
-        param="model",
-    )
+    code = str(error.get("code", "import_failed"))
+    if not is_operator:
+        return InvalidRequest("model_import_failed", name=base.name, reason=code, param="model")
+    own = ErrorText.of("model_import_failed_for_operators", name=base.name, reason=code, param="model")
+    reason = str(error.get("message") or "")
+    if reason.startswith(f"The import of base model {base.name!r} "):
+        own = replace(own, message=reason)
+    elif reason:
+        reason = reason.rstrip(" .")
+        own = ErrorText.of("model_import_failed_for_operators", name=base.name, reason=reason, param="model")
+    if remedy := error.get("remedy"):
+        own = replace(own, remedy=f"{remedy} Or choose another base model.")
+    return InvalidRequest(own)
 
 
 def _usable_file(session: Session, caller: Caller, file_id: str, param: str, *, now: float) -> File:
     """Return the file, locked against deletion until the job that uses it exists."""
     file = get_once(session, File, file_id, lock="share")
     if file is None or file.project_id != caller.project_id or file.deleted_at is not None:
-        remedy = (
-            "Check the ID. If the file was deleted or belongs to another project, upload it again with this project's "
-            "API key."
-        )
-        raise NotFound("file", file_id, param=param, remedy=remedy)
+        raise NotFound("input_file_not_found", file_id=file_id, param=param)
     if files.has_expired(file, now=now):
-        message = f"File {file_id!r} has expired, as set by 'expires_after' when it was uploaded."
-        remedy = f"Upload the file again, and use the new file's ID as {param}."
-        raise NotFound("file", file_id, message=message, param=param, remedy=remedy)
+        raise NotFound("input_file_expired", file_id=file_id, field=param, param=param)
     if file.purpose != PURPOSE:
-        raise InvalidRequest(
-            f"File {file_id} has the purpose {file.purpose!r}, but {param} requires the purpose {PURPOSE!r}.",
-            code="wrong_file_purpose",
-            remedy=f"Upload the data again with the purpose {PURPOSE!r}, and use the new file's ID as {param}.",
-            param=param,
-        )
+        raise InvalidRequest("wrong_file_purpose", file_id=file_id, purpose=file.purpose, field=param, param=param)
     if not file.num_rows:
-        raise InvalidRequest(
-            f"File {file_id} has no rows.",
-            code="empty_file",
-            remedy=f"Upload a file with at least one row, and use its ID as {param}.",
-            param=param,
-        )
+        raise InvalidRequest("empty_file", file_id=file_id, field=param, param=param)
     return file
 
 
@@ -286,12 +251,22 @@ def _check_kind(file: File, method: MethodType, param: str) -> None:
     if wanted == _compared(kind):
         return
     methods = [repr(name) for name in get_args(MethodType) if compared_kind(name) == _compared(kind)]
+    if param == "training_file":
+        raise InvalidRequest(
+            "wrong_training_file_kind",
+            file=file.id,
+            rows=kind.plural,
+            method=method,
+            methods=" or ".join(", ".join(methods).rsplit(", ", 1)),
+            matching=_MATCHING[wanted],
+            param=param,
+        )
     raise InvalidRequest(
-        f"File {file.id} contains {kind.plural}, which method '{method}' can't train on.",
-        code="wrong_file_kind",
-        remedy=f"Set method.type to {' or '.join(', '.join(methods).rsplit(', ', 1))}, or use {_MATCHING[wanted]}."
-        if param == "training_file"
-        else f"Set validation_file to {_MATCHING[wanted]}.",  # the method suits the training file
+        "wrong_validation_file_kind",
+        file=file.id,
+        rows=kind.plural,
+        method=method,
+        matching=_MATCHING[wanted],
         param=param,
     )
 
@@ -303,12 +278,11 @@ def _check_template(file: File, base: BaseModelRow, param: str) -> None:
     """
     if file.kind not in ("chat", "preference") or (base.description or {}).get("has_chat_template", True):
         return
-    code, _, remedy = chat_templates.no_template()
     raise InvalidRequest(
-        f"File {file.id} contains {row_kind(file.kind).plural}, but base model {base.name!r} has no chat template, "
-        "which is required to render messages as text.",
-        code=code,
-        remedy=remedy,
+        "base_has_no_chat_template_for_file",
+        file=file.id,
+        rows=row_kind(file.kind).plural,
+        base=base.name,
         param=param,
     )
 
@@ -326,28 +300,24 @@ def _check_quantization(session: Session, request: JobRequest, parent: Adapter |
         return
     if request.lora.use_dora:
         raise InvalidRequest(
-            f"lora.use_dora requires an unquantized base model, but quantization is {request.quantization!r}.",
-            code="dora_unsupported_with_quantization",
-            remedy="Omit lora.use_dora or quantization.",
-            param="lora.use_dora",
+            "dora_unsupported_with_quantization", quantization=request.quantization, param="lora.use_dora"
         )
     if begins_with_the_base(request.lora.init_lora_weights):
         raise InvalidRequest(
-            f"lora.init_lora_weights {request.lora.init_lora_weights!r} requires an unquantized base model, but "
-            f"quantization is {request.quantization!r}.",
-            code="init_unsupported_with_quantization",
-            remedy="Omit lora.init_lora_weights or quantization.",
+            "init_unsupported_with_quantization",
+            init_lora_weights=request.lora.init_lora_weights,
+            quantization=request.quantization,
             param="lora.init_lora_weights",
         )
     found = views.quantizations(session, now=now)
     if found is None or request.quantization in found:
         return
+    if parent is None:
+        raise InvalidRequest("quantization_unavailable", quantization=request.quantization, param="quantization")
     raise InvalidRequest(
-        f"quantization is {request.quantization!r}, but no running worker has bitsandbytes.",
-        code="quantization_unavailable",
-        remedy=f"{INSTALL_QUANT} Or omit quantization."
-        if parent is None
-        else f"{INSTALL_QUANT} Or train without parent adapter {parent.name!r}, from which the job inherits it.",
+        "quantization_unavailable_for_parent",
+        quantization=request.quantization,
+        parent=parent.name,
         param="quantization",
     )
 
@@ -363,18 +333,14 @@ def _check_integrations(session: Session, request: JobRequest, *, now: float) ->
     for number, one in enumerate(request.integrations):
         if found is not None and one.type not in found:
             raise InvalidRequest(
-                f"No running worker can write to {one.type}.",
-                code="integration_unavailable",
-                remedy=f"{install_hint(one.type)} Or remove {one.type} from 'integrations'.",
+                "integration_unavailable",
+                kind=one.type,
+                install_hint=install_hint(one.type),
                 param=f"integrations.{number}.type",
             )
         if one.wandb is not None and one.wandb.entity is not None:
             raise InvalidRequest(
-                f"A job can't set 'wandb.entity' ({one.wandb.entity!r}), because every project could then write to all "
-                "entities that the service's Weights & Biases account can access.",
-                code="integration_entity_not_allowed",
-                remedy="Omit 'wandb.entity'. The operator sets the entity with WANDB_ENTITY on the workers.",
-                param=f"integrations.{number}.wandb.entity",
+                "integration_entity_not_allowed", entity=one.wandb.entity, param=f"integrations.{number}.wandb.entity"
             )
 
 
@@ -388,19 +354,16 @@ def _check_rates(request: JobRequest) -> None:
     if optimizer in NO_USUAL_RATE and multiplier == "auto" and rate == "auto":
         name, lowest, highest = NO_USUAL_RATE[optimizer]
         raise InvalidRequest(
-            f"optimizer.learning_rate is required for {name}, which has no default.",
-            code="learning_rate_required",
-            remedy=f"Set optimizer.learning_rate, typically to a value from {lowest:g} to {highest:g}.",
-            param="optimizer.learning_rate",
+            "learning_rate_required", name=name, lowest=lowest, highest=highest, param="optimizer.learning_rate"
         )
     if multiplier == "auto" or rate == "auto" or math.isclose(rate, BASE_LEARNING_RATE * multiplier, rel_tol=1e-6):
         return
     multiplied = multiplier * BASE_LEARNING_RATE
     raise InvalidRequest(
-        f"optimizer.learning_rate is {rate:.9g}, but learning_rate_multiplier ({multiplier:.9g}) sets the learning "
-        f"rate to {multiplied:.9g}.",
-        code="conflicting_learning_rates",
-        remedy="Set only one of them. Omit the other, or set it to 'auto'.",
+        "conflicting_learning_rates",
+        rate=rate,
+        multiplier=multiplier,
+        multiplied=multiplied,
         param="optimizer.learning_rate",
     )
 
@@ -410,19 +373,14 @@ def _check_held_out(request: JobRequest) -> None:
     if request.validation_file is not None:
         return
     keep, every = request.evaluation.keep, request.evaluation.every_steps
-    for field, value, is_asked in (
-        ("early_stopping", "", request.early_stopping is not None),
-        ("evaluation.keep", f" {keep!r}", keep == "best"),
-        ("evaluation.every_steps", f" ({every})", every != "auto"),
-        ("evaluation.samples", "", request.evaluation.samples is not None),
+    for field, is_asked in (
+        ("early_stopping", request.early_stopping is not None),
+        ("evaluation.keep", keep == "best"),
+        ("evaluation.every_steps", every != "auto"),
+        ("evaluation.samples", request.evaluation.samples is not None),
     ):
         if is_asked:
-            raise InvalidRequest(
-                f"{field}{value} requires a validation file, but the job has none.",
-                code="validation_file_required",
-                remedy=f"Set validation_file, or omit {field}.",
-                param=field,
-            )
+            raise InvalidRequest("validation_file_required", field=field, param=field)
 
 
 NAME_PREFIX = "ft:"
@@ -445,13 +403,7 @@ def parent_of(session: Session, request: JobRequest, *, project_id: str) -> Adap
         return named
     parent = adapters.find(session, project_id, request.parent_adapter, locked=True, param="parent_adapter")
     if named is not None and named.id != parent.id:
-        raise InvalidRequest(
-            f"'model' is adapter {named.name!r}, but 'parent_adapter' is {parent.name!r}. A job can continue only one "
-            "adapter.",
-            code="two_parents",
-            remedy="Omit 'parent_adapter', or set 'model' to the name of the base model.",
-            param="parent_adapter",
-        )
+        raise InvalidRequest("two_parents", named=named.name, parent=parent.name, param="parent_adapter")
     return parent
 
 
@@ -464,18 +416,14 @@ def check_parent_base(parent: Adapter, base: BaseModelRow, *, param: str) -> Non
         return
     if parent.base_model != base.name:
         raise InvalidRequest(
-            f"Adapter {parent.name!r} was trained on base model {parent.base_model!r}, not on {base.name!r}.",
-            code="parent_of_another_base",
-            remedy=f"Set 'model' to {parent.base_model!r}, or 'parent_adapter' to an adapter that was trained on "
-            f"{base.name!r}.",
-            param=param,
+            "parent_of_another_base", parent=parent.name, base_model=parent.base_model, base=base.name, param=param
         )
     raise InvalidRequest(
-        f"Adapter {parent.name!r} was trained on an earlier import of base model {base.name!r}, whose digest was "
-        f"{parent.base_digest}. The current digest is {base.digest}.",
-        code="parent_of_another_base",
-        remedy="Ask an operator to add the earlier model under another name, then set 'model' to that name and "
-        f"'parent_adapter' to {parent.name!r}. Or train without a parent adapter.",
+        "parent_of_earlier_base",
+        parent=parent.name,
+        base=base.name,
+        base_digest=parent.base_digest,
+        digest=str(base.digest),
         param=param,
     )
 
@@ -529,12 +477,7 @@ def _differs(field: str, given: object, parent_value: object, parent: Adapter) -
     reason = f"parent adapter {parent.name!r} has {value_text(parent_value)}"
     if field == "lora.init_lora_weights":
         reason = f"the job starts from the weights of parent adapter {parent.name!r}"
-    return InvalidRequest(
-        f"{field} is {value_text(given)}, but {reason}.",
-        code="differs_from_parent",
-        remedy=f"Omit {field}, or train without a parent adapter.",
-        param=field,
-    )
+    return InvalidRequest("differs_from_parent", field=field, value_text=value_text(given), reason=reason, param=field)
 
 
 def _plain(value: Any) -> Any:

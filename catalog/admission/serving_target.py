@@ -19,16 +19,15 @@ def check_serving_target(session: Session, request: JobRequest, spec: JobSpec, b
     if name not in endpoints.ENGINES:
         target = endpoints.find(session, name, param="must_serve_on")
         if target.base_digest != base.digest:
-            raise _rejected(
-                f"Serving endpoint {name!r} has another base model: {target.base_model!r}.",
-                remedy=f"Choose an endpoint of {base.name!r} from `lorry serving list`.",
+            raise InvalidRequest(
+                "endpoint_of_another_base",
+                name=name,
+                base_model=target.base_model,
+                base=base.name,
+                param="must_serve_on",
             )
         max_rank = target.max_rank
     architecture = (base.description or {}).get("architecture")
     reason = servability.why_not_vllm(spec, architecture=architecture, max_rank=max_rank)
     if reason is not None:
-        raise _rejected(f"Endpoint {name!r} (must_serve_on) can't serve this adapter.", remedy=reason)
-
-
-def _rejected(message: str, *, remedy: str) -> InvalidRequest:
-    return InvalidRequest(message, code="not_servable", remedy=remedy, param="must_serve_on")
+        raise InvalidRequest("adapter_not_servable_on", name=name, reason=reason, param="must_serve_on")

@@ -27,12 +27,7 @@ class TargetsOutdated(Conflict):
 
     def __init__(self, base_name: str, parent: str | None) -> None:
         changed = f"Base model {base_name!r}" + (f" or parent adapter {parent!r}" if parent else "")
-        super().__init__(
-            f"{changed} changed while the request was being checked.",
-            code="model_changed",
-            remedy="Send the request again.",
-            param="model",
-        )
+        super().__init__("job_source_changed", changed=changed, param="model")
 
 
 class Targets:

@@ -40,12 +40,7 @@ class PepperReplaced(Conflict):
     """This process still uses a replaced pepper."""
 
     def __init__(self) -> None:
-        super().__init__(
-            "This API server uses a pepper that has been replaced, so it can't seal audit events.",
-            code="pepper_replaced",
-            remedy="Restart it with the new LORRY_PEPPER. To return to the old pepper instead, set LORRY_PEPPER to the "
-            "old one and LORRY_PREVIOUS_PEPPER to the new one on every API server.",
-        )
+        super().__init__("pepper_replaced")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

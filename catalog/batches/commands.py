@@ -98,12 +98,7 @@ def cancel(db: Database, *, project_id: str, batch_id: str) -> Batch:
         if batch.status in ("cancelling", "cancelled"):
             return batch
         if batch.status not in CANCELLABLE:
-            raise Conflict(
-                f"Batch {batch.id} can't be cancelled, because its status is {batch.status!r}.",
-                code="batch_finished",
-                remedy="Only a batch with the status 'validating' or 'in_progress' can be cancelled.",
-                param="batch_id",
-            )
+            raise Conflict("batch_finished", batch=batch.id, state=batch.status, param="batch_id")
         request_cancel(session, batch, now=read_clock(session))
         return batch
 
@@ -118,7 +113,7 @@ def _find(session: Session, project_id: str, batch_id: str, *, locked: bool = Fa
     own: Select[Batch] = select(Batch).where(Batch.id == batch_id, Batch.project_id == project_id)
     batch = session.scalar(own.with_for_update() if locked else own)
     if batch is None:
-        raise NotFound("batch", batch_id, param="batch_id")
+        raise NotFound("batch_not_found", batch_id=batch_id, param="batch_id")
     return batch
 
 
@@ -145,32 +140,16 @@ def _input(session: Session, project_id: str, file_id: str, *, now: float) -> Fi
         error.param = "input_file_id"
         raise
     if file.purpose != files.BATCH:
-        raise InvalidRequest(
-            f"File {file.id} has the purpose {file.purpose!r}, but the input of a batch needs {files.BATCH!r}.",
-            code="invalid_purpose",
-            remedy=f"Upload the requests with the purpose {files.BATCH!r}, and use the ID of that file.",
-            param="input_file_id",
-        )
+        raise InvalidRequest("wrong_purpose_for_batch", file=file.id, purpose=file.purpose, param="input_file_id")
     if files.has_expired(file, now=now):
-        raise InvalidRequest(
-            f"File {file.id} has expired.",
-            code="file_expired",
-            remedy="Upload the requests again.",
-            param="input_file_id",
-        )
+        raise InvalidRequest("file_expired", file=file.id, param="input_file_id")
     return file
 
 
 def _check_open(session: Session, caller: Caller) -> None:
     own = (Batch.project_id == caller.project_id, Batch.finished_at.is_(None))
     if (session.scalar(select(func.count()).where(*own)) or 0) >= MAX_OPEN_BATCHES:
-        raise RateLimited(
-            f"The project has reached its limit of {MAX_OPEN_BATCHES} unfinished batches.",
-            code="too_many_batches",
-            remedy="Wait until some of them finish, or cancel them.",
-            retry_after_seconds=60,
-            headers={},
-        )
+        raise RateLimited("too_many_batches", max_open_batches=MAX_OPEN_BATCHES, retry_after_seconds=60, headers={})
 
 
 def _note(session: Session, type: AuditType, batch: Batch, *, now: float) -> None:  # noqa: A002

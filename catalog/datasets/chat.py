@@ -25,19 +25,13 @@ def check_chat(row: dict[str, Any]) -> Chat:
     """Return the conversation of one row. Raises BadRow."""
     for key in row:
         if key != "messages" and key not in TOOL_KEYS:
-            remedy = (
-                "Remove the key, or correct its spelling. "
-                f"A chat row can have these keys: {', '.join(('messages', *TOOL_KEYS))}."
-            )
-            raise BadRow("unknown_key", f"the row has an unknown key, {quoted(key)}", remedy)
+            raise BadRow("unknown_chat_key", key=quoted(key), tool_keys=", ".join(("messages", *TOOL_KEYS)))
     if "messages" not in row:
-        raise BadRow("messages_missing", 'the key "messages" is missing', 'Use {"messages": [...]}.')
+        raise BadRow("messages_missing")
     tools = checked_tools("", row)
-    remedy = f"Use a list of messages, such as {CHAT_FORM}."
-    chat = Chat(check_messages("messages", row["messages"], remedy=remedy), tools)
+    chat = Chat(check_messages("messages", row["messages"], form=f"a list of messages, such as {CHAT_FORM}"), tools)
     if not any(is_answer(message) for message in chat.messages):
-        reason = "the chat has no assistant message with text or tool calls"
-        raise BadRow("no_assistant_turn", reason, "Add the assistant message to train on, or remove the row.")
+        raise BadRow("chat_without_answer")
     return chat
 
 
@@ -48,12 +42,10 @@ def checked_tools(prefix: str, fields: dict[str, Any]) -> list[dict[str, Any]] |
     """
     parallel = fields.get("parallel_tool_calls")
     if not isinstance(parallel, bool | None):
-        reason = f"{prefix}parallel_tool_calls is {kind_of(parallel)}, not true or false"
-        raise BadRow("invalid_parallel_tool_calls", reason, "Use true or false, or omit the key.")
+        raise BadRow("invalid_parallel_tool_calls", prefix=prefix, kind=kind_of(parallel))
     tools, functions = fields.get("tools"), fields.get("functions")
     if tools is not None and functions is not None:
-        reason = f"{prefix}tools and {prefix}functions are both set"
-        raise BadRow("invalid_tools", reason, "Keep only 'tools'. 'functions' is its deprecated form.")
+        raise BadRow("tools_and_functions", prefix=prefix)
     if functions is not None:
         return check_functions(f"{prefix}functions", functions) or None
     return None if tools is None else check_tools(f"{prefix}tools", tools) or None

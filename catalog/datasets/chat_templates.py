@@ -1,4 +1,4 @@
-"""Chat templates that an operator can give a base model by name, and the refusals of one that lacks a template.
+"""Chat templates that an operator can give a base model by name.
 
 The templates are written from the published formats. They keep earlier messages unchanged when others follow.
 """
@@ -73,31 +73,5 @@ TEMPLATES = {
     for name, source in (("chatml", CHATML), ("gemma", GEMMA), ("llama3", LLAMA3), ("zephyr", ZEPHYR))
 }
 ADD = f"`lorry models add NAME SOURCE --chat-template {'|'.join(TEMPLATES)}|FILE`"
-"""How an operator adds a base model with another template."""
-WITH_TOOLS = [name for name, source in TEMPLATES.items() if "message.tool_calls" in source]
-"""The templates that render tools and tool calls."""
-ADD_WITH_FILE = "`lorry models add NAME SOURCE --chat-template FILE`"
-PLAIN_ROWS = 'rows without messages: {"prompt": "...", "completion": "..."} or {"text": "..."}'
 TOOL_MODELS = "Qwen2.5, Qwen3-Instruct-2507, Llama 3.1 or later, or SmolLM2-1.7B"
 """Models whose templates render tools and tool calls, and keep earlier messages unchanged."""
-
-
-def no_template() -> tuple[str, str, str]:
-    """Return code, message and remedy for messages and a base model without a chat template."""
-    return (
-        "base_has_no_chat_template",
-        "The base model has no chat template, which is required to render messages as text.",
-        f"Use the instruction-tuned variant of the model, or {PLAIN_ROWS}. Or ask an operator to add the model under "
-        f"another name with a template: {ADD}. For rows with tools, use {', '.join(WITH_TOOLS)} or a file.",
-    )
-
-
-def no_tools(what: str) -> tuple[str, str, str]:
-    """Return code, message and remedy for a template that ignores tools. what: `tools` or `tool calls`."""
-    return (
-        "template_without_tools",
-        f"The base model's chat template does not render {what}, which this conversation has.",
-        f"Use a base model whose template supports tools, such as {TOOL_MODELS}. Or ask an operator to add the model "
-        "under another name with a template that renders 'tools' and 'tool_calls', such as chatml for models with "
-        f"<|im_start|>: `lorry models add NAME SOURCE --chat-template {'|'.join(WITH_TOOLS)}|FILE`.",
-    )

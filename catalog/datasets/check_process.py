@@ -19,6 +19,7 @@ from pathlib import Path
 
 from catalog.datasets import validator
 from catalog.datasets.validator import DatasetCheck
+from catalog.error_texts import ErrorText
 from catalog.errors import InvalidRequest, Unavailable
 from catalog.process_exit import how_it_exited, is_killed
 
@@ -71,18 +72,14 @@ def inspect(
             raise _crashed(process.returncode, errors.read())
         result = json.loads(output.read())
     if "refusal" in result:
-        raise InvalidRequest(**result["refusal"])
+        raise InvalidRequest(ErrorText(**result["refusal"]))
     return DatasetCheck(**result)
 
 
 def _wait(process: subprocess.Popen[bytes], is_abandoned: Callable[[], bool]) -> None:
     while True:
         if is_abandoned():
-            raise CheckStopped(
-                "The file check was stopped because the client disconnected or the API server is shutting down.",
-                code="check_stopped",
-                remedy="Send the request again.",
-            )
+            raise CheckStopped("check_stopped")
         try:
             process.wait(POLL_SECONDS)
         except subprocess.TimeoutExpired:
@@ -94,12 +91,7 @@ def _crashed(status: int, errors: bytes) -> CheckCrashed:
     lines = errors.decode("utf-8", "replace").splitlines() or ["no output"]
     log.error("the check of a data set failed: status=%d %s", status, lines[-1][:300])
     exited = how_it_exited(status)
-    to_check = "the memory of the API server's machine" if is_killed(status) else "the API server's log"
-    return CheckCrashed(
-        f"The file could not be checked: the process that checks it {exited}.",
-        code="dataset_check_failed",
-        remedy=f"Try again. If the error recurs, ask the operator to check {to_check}.",
-    )
+    return CheckCrashed("dataset_check_out_of_memory" if is_killed(status) else "dataset_check_failed", exited=exited)
 
 
 def main(path: str, max_line_bytes: str, max_rows: str) -> None:
@@ -112,8 +104,7 @@ def main(path: str, max_line_bytes: str, max_rows: str) -> None:
             check = validator.inspect(lines, max_line_bytes=int(max_line_bytes), max_rows=int(max_rows))
         result = asdict(check)
     except InvalidRequest as error:
-        refusal = {"message": error.message, "code": error.code, "remedy": error.remedy, "param": error.param}
-        result = {"refusal": refusal}
+        result = {"refusal": asdict(error.text)}
     sys.stdout.write(json.dumps(result))
 
 

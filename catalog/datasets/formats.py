@@ -114,8 +114,7 @@ def kind_of_row(row: dict[str, Any], *, before: RowKind | None, first_line: int 
     if found is COMPLETION and _is_labeled(row, before):
         found = UNPAIRED
     if before is not None and found is not before:
-        reason = f"the row is {found.noun}, but the row on line {first_line} is {before.noun}"
-        raise BadRow("mixed_kinds", reason, "Convert this row, or move it to a separate file.")
+        raise BadRow("mixed_kinds", kind=found.noun, first_line=first_line, first_kind=before.noun)
     return found
 
 
@@ -127,38 +126,19 @@ def _is_labeled(row: dict[str, Any], before: RowKind | None) -> bool:
 def _unknown(row: dict[str, Any]) -> BadRow:
     if row:
         keys = [quoted(key) for key in islice(row, MAX_NAMED_KEYS)]
-        shown = f"its only key is {keys[0]}" if len(row) == 1 else f"its keys are {', '.join(keys)}"
-        more = f" and {len(row) - len(keys)} more" if len(row) > len(keys) else ""
-        reason = f"the row is not in a supported format: {shown}{more}"
-        return BadRow("unknown_key", reason, f"Use {FORMS}.")
-    return BadRow("row_empty", "the row is an empty object", f"Use {FORMS}, or remove the row.")
-
-
-PAIR = (
-    '{"input": {"messages": [{"role": "user", "content": PROMPT}]}, '
-    '"preferred_output": [{"role": "assistant", "content": CHOSEN}], '
-    '"non_preferred_output": [{"role": "assistant", "content": REJECTED}]}'
-)
-PAIR_REMEDY = f"Convert each pair to OpenAI's format: {PAIR}."
-SHARED_PROMPT_REMEDY = (
-    f'{PAIR_REMEDY} Without a "prompt" key, the prompt is the text with which chosen and rejected both begin.'
-)
-ALPACA_REMEDY = (
-    'Use {"prompt": INSTRUCTION, "completion": OUTPUT}, without other keys. If "input" is not empty, append its text '
-    "to the instruction."
-)
-SHAREGPT_REMEDY = (
-    'Use {"messages": [...]}, without other keys. In each message, rename "from" to "role" (and human to user, gpt to '
-    'assistant), and "value" to "content".'
-)
+        if len(row) == 1:
+            return BadRow("only_key_unsupported", key=keys[0])
+        if len(row) > len(keys):
+            return BadRow("keys_unsupported_and_more", keys=", ".join(keys), num_more=len(row) - len(keys))
+        return BadRow("keys_unsupported", keys=", ".join(keys))
+    return BadRow("row_empty")
 
 
 def refuse_foreign(row: dict[str, Any]) -> None:
     """Raises BadRow for preference pairs in TRL's format, and for rows in the formats of Alpaca and ShareGPT."""
     if "chosen" in row or "rejected" in row:
-        remedy = PAIR_REMEDY if "prompt" in row else SHARED_PROMPT_REMEDY
-        raise BadRow("trl_pair", "the row is a preference pair in TRL format (chosen, rejected)", remedy)
+        raise BadRow("trl_pair" if "prompt" in row else "trl_pair_without_prompt")
     if "instruction" in row and "output" in row:
-        raise BadRow("alpaca_row", "the row is in Alpaca format (instruction, output)", ALPACA_REMEDY)
+        raise BadRow("alpaca_row")
     if "conversations" in row and "messages" not in row:
-        raise BadRow("sharegpt_row", "the row is in ShareGPT format (conversations)", SHAREGPT_REMEDY)
+        raise BadRow("sharegpt_row")

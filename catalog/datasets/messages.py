@@ -8,7 +8,6 @@ from catalog.datasets.row_json import BadRow, kind_of, quoted
 from catalog.datasets.tools import ToolCall, check_tool_calls, checked_call
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-ROLES_REMEDY = f"Use one of these roles: {', '.join(ROLES)}."
 CALLS = ("tool_calls", "function_call")
 """`function_call` and the role `function` are OpenAI's deprecated format."""
 MESSAGE_KEYS = frozenset({"role", "content", "weight", "name", "tool_call_id", *CALLS})
@@ -17,8 +16,6 @@ NOT_KEPT = frozenset({"annotations", "audio", "refusal", *CALLS})
 MESSAGE_FORM = '{"role": "user", "content": "..."}'
 CHAT_FORM = f'[{MESSAGE_FORM}, {{"role": "assistant", "content": "..."}}]'
 TEXT_PART = '{"type": "text", "text": "..."}'
-PART_FORM = f"Use {TEXT_PART}."
-TEXT_OR_PARTS = f"Use a string, or a list of one or more text parts: [{TEXT_PART}]."
 
 
 class ChatMessage(TypedDict):
@@ -35,13 +32,13 @@ class ChatMessage(TypedDict):
     """Only for assistant messages."""
 
 
-def check_messages(place: str, given: Any, *, remedy: str) -> list[ChatMessage]:
+def check_messages(place: str, given: Any, *, form: str) -> list[ChatMessage]:
     """Return the messages in one form: content as text, and deprecated function calls as tool calls.
 
-    remedy: how to write a list of messages in this place. Raises BadRow.
+    form: how to write a list of messages in this place. Raises BadRow.
     """
     if not isinstance(given, list):
-        raise BadRow("messages_not_list", f"{place} is {kind_of(given)}, not a list", remedy)
+        raise BadRow("messages_not_list", place=place, kind=kind_of(given), form=form)
     messages = cast(list[Any], given)
     call_ids: set[str] = set()
     last_call_id: str | None = None
@@ -54,8 +51,7 @@ def check_messages(place: str, given: Any, *, remedy: str) -> list[ChatMessage]:
         elif message["role"] == "function":
             _as_tool_message(position, message, last_call_id)
         elif "tool_call_id" in message and message["tool_call_id"] not in call_ids:
-            reason = f"{position}.tool_call_id is {quoted(message['tool_call_id'])}, but no earlier call has this ID"
-            raise BadRow("invalid_tool_call_id", reason, "Use the ID of the call that the message answers.")
+            raise BadRow("unknown_tool_call_id", place=place, index=index, tool_call_id=quoted(message["tool_call_id"]))
         for call in cast(list[ToolCall], message.get("tool_calls", [])):
             last_call_id = call["id"]
             call_ids.add(call["id"])
@@ -70,8 +66,7 @@ def is_answer(message: ChatMessage) -> bool:
 def _check_message(place: str, message: Any) -> None:
     """Validate a message, and join content that is given as parts of text. `place` is its name in errors."""
     if not isinstance(message, dict):
-        reason = f"{place} is {kind_of(message)}, not an object"
-        raise BadRow("message_not_object", reason, f"Use an object for each message, such as {MESSAGE_FORM}.")
+        raise BadRow("message_not_object", place=place, kind=kind_of(message))
     fields = cast(dict[str, Any], message)
     for key in NOT_KEPT & fields.keys():
         if fields[key] is None or (key == "annotations" and fields[key] == []):
@@ -79,19 +74,20 @@ def _check_message(place: str, message: Any) -> None:
     if not fields.keys() <= MESSAGE_KEYS:
         _refuse_key(place, next(key for key in fields if key not in MESSAGE_KEYS))
     if "role" not in fields:
-        raise BadRow("invalid_role", f"{place}.role is missing", ROLES_REMEDY)
+        raise BadRow("role_missing", place=place)
     role = fields["role"]
     if role not in ROLES:
         shown_role = quoted(role) if isinstance(role, str) else kind_of(role)
-        raise BadRow("invalid_role", f"{place}.role is {shown_role}, which is not a valid role", ROLES_REMEDY)
+        raise BadRow("invalid_role", place=place, shown_role=shown_role)
     _check_calls(place, role, fields)
     if isinstance(fields.get("content"), list):
         fields["content"] = _joined(f"{place}.content", fields["content"])
     if fields.get("content") is None and any(key in fields for key in CALLS):
         fields["content"] = ""
     if not isinstance(fields.get("content"), str):
-        given = f"{kind_of(fields['content'])}, not text" if "content" in fields else "missing"
-        raise BadRow("content_not_text", f"{place}.content is {given}", TEXT_OR_PARTS)
+        if "content" in fields:
+            raise BadRow("content_not_text", place=place, kind=kind_of(fields["content"]))
+        raise BadRow("content_missing", place=place)
     if len(fields) > 2:
         _check_extras(place, role, fields)
 
@@ -99,11 +95,9 @@ def _check_message(place: str, message: Any) -> None:
 def _check_calls(place: str, role: str, fields: dict[str, Any]) -> None:
     for key in CALLS:
         if key in fields and role != "assistant":
-            reason = f"{place}.{key} is allowed only on assistant messages, but the message's role is '{role}'"
-            raise BadRow("invalid_tool_calls", reason, f"Remove '{key}' from this message.")
+            raise BadRow("calls_of_another_role", place=place, key=key, role=role)
     if all(key in fields for key in CALLS):
-        reason = f"{place} has both 'tool_calls' and 'function_call'"
-        raise BadRow("invalid_tool_calls", reason, "Keep only 'tool_calls'. 'function_call' is its deprecated form.")
+        raise BadRow("both_kinds_of_calls", place=place)
     if "tool_calls" in fields:
         fields["tool_calls"] = check_tool_calls(f"{place}.tool_calls", fields["tool_calls"])
 
@@ -112,20 +106,18 @@ def _as_tool_message(place: str, message: dict[str, Any], last_call_id: str | No
     """Turn the result of a deprecated function call into a tool message. It answers the last call."""
     if last_call_id is None:
         given = place.partition("[")[0]
-        reason = f"{place}.role is 'function', but no earlier message in '{given}' has a function call"
-        remedy = f"Put the assistant message with 'function_call' before it in '{given}'."
-        raise BadRow("invalid_tool_call_id", reason, remedy)
+        raise BadRow("function_result_without_call", place=place, given=given)
     message["role"], message["tool_call_id"] = "tool", last_call_id
 
 
 def _joined(place: str, parts: list[Any]) -> str:
     """Join parts of text without a separator, as a chat template does. Raises BadRow."""
     if not parts:
-        raise BadRow("content_not_text", f"{place} is an empty list", TEXT_OR_PARTS)
+        raise BadRow("content_empty_list", place=place)
     for index, part in enumerate(parts):
         position = f"{place}[{index}]"
         if not isinstance(part, dict):
-            raise BadRow("content_not_text", f"{position} is {kind_of(part)}, not an object", PART_FORM)
+            raise BadRow("content_part_not_object", place=place, index=index, kind=kind_of(part))
         _check_part(position, cast(dict[str, Any], part))
     return "".join(part["text"] for part in parts)
 
@@ -135,40 +127,33 @@ def _check_part(position: str, part: dict[str, Any]) -> None:
     if kind != "text":
         shown_type = quoted(kind) if isinstance(kind, str) else kind_of(kind)
         if "type" not in part:
-            raise BadRow("content_not_text", f"{position}.type is missing", PART_FORM)
-        remedy = f"Remove images, audio and files: only text is supported. For text, use {TEXT_PART}."
-        raise BadRow("content_not_text", f"{position}.type is {shown_type}, not 'text'", remedy)
+            raise BadRow("content_part_type_missing", position=position)
+        raise BadRow("content_part_type_unsupported", position=position, shown_type=shown_type)
     if not isinstance(part.get("text"), str):
-        given = f"{kind_of(part['text'])}, not a string" if "text" in part else "missing"
-        raise BadRow("content_not_text", f"{position}.text is {given}", PART_FORM)
+        if "text" in part:
+            raise BadRow("content_part_text_invalid", position=position, kind=kind_of(part["text"]))
+        raise BadRow("content_part_text_missing", position=position)
     if len(part) > 2:
         unknown = next(key for key in part if key not in ("type", "text"))
-        remedy = f"Remove this key. {PART_FORM}"
-        raise BadRow("content_not_text", f"{position} has an unknown key, {quoted(unknown)}", remedy)
+        raise BadRow("content_part_key_unknown", position=position, unknown=quoted(unknown))
 
 
 def _refuse_key(place: str, key: str) -> None:
     if key in NOT_KEPT:
-        remedy = "Remove this key, or use null: only text and tool calls are supported."
-        raise BadRow("content_unsupported", f"{place}.{key} is not supported", remedy)
+        raise BadRow("content_unsupported", place=place, key=key)
     allowed = ", ".join(sorted(MESSAGE_KEYS))
-    remedy = f"Remove the key, or correct its spelling. A message can have these keys: {allowed}."
-    raise BadRow("unknown_key", f"{place} has an unknown key, {quoted(key)}", remedy)
+    raise BadRow("unknown_message_key", place=place, key=quoted(key), allowed=allowed)
 
 
 def _check_extras(place: str, role: str, fields: dict[str, Any]) -> None:
     if "weight" in fields:
         weight = fields["weight"]
         if role != "assistant":
-            reason = f"{place}.weight is allowed only on assistant messages, but the message's role is '{role}'"
-            raise BadRow("invalid_weight", reason, "Remove 'weight' from this message.")
+            raise BadRow("weight_of_another_role", place=place, role=role)
         if isinstance(weight, bool) or weight not in (0, 1):
             is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
             shown_weight = weight if is_number else kind_of(weight)
-            reason = f"{place}.weight is {shown_weight}, but must be 0 or 1"
-            remedy = "Use 0 to exclude the message from training. Otherwise, use 1 or omit 'weight'."
-            raise BadRow("invalid_weight", reason, remedy)
+            raise BadRow("invalid_weight", place=place, shown_weight=shown_weight)
     for key in ("name", "tool_call_id"):
         if key in fields and not isinstance(fields[key], str):
-            reason = f"{place}.{key} is {kind_of(fields[key])}, not a string"
-            raise BadRow("invalid_name", reason, f"Use a string, or omit '{key}'.")
+            raise BadRow("message_name_not_text", place=place, key=key, kind=kind_of(fields[key]))

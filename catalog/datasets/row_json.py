@@ -10,6 +10,8 @@ import math
 from collections.abc import Iterable
 from typing import Any, cast
 
+from catalog.error_texts import ErrorText
+
 MAX_DIGITS = 19
 """Number of decimal digits of the largest 64-bit integer."""
 MAX_NESTING = 64
@@ -19,21 +21,30 @@ MAX_NAMED_CHARS = 40
 
 
 class BadRow(Exception):
-    """An invalid row. `reason` begins in lower case, `remedy` is a sentence."""
+    """An invalid row. `reason` is its message without a final period, and begins in lower case."""
 
-    def __init__(self, code: str, reason: str, remedy: str) -> None:
-        super().__init__(reason)
-        self.code = code
-        self.reason = reason
-        self.remedy = remedy
+    def __init__(self, text: str | ErrorText, /, **values: str | float) -> None:
+        """text: a name in the tables of catalog.error_texts, with `values` for its placeholders; or a text."""
+        self.text = ErrorText.of(text, param=None, **values) if isinstance(text, str) else text
+        super().__init__(self.text.message)
+        self.code = self.text.code
+        self.reason = self.text.message.removesuffix(".")
+        self.remedy = self.text.remedy
+
+
+class TooDeep(BadRow):
+    """A JSON value with more than MAX_NESTING levels."""
+
+
+class NotObject(BadRow):
+    """The JSON value of a line is not an object."""
 
 
 def parse_object(line: bytes) -> dict[str, Any]:
     """Parse one line of any kind of data set. Raises BadRow, and nothing else, for arbitrary bytes."""
     row = _parse_line(line)
     if not isinstance(row, dict):
-        reason = f"the row is {kind_of(row)}, not an object"
-        raise BadRow("row_not_object", reason, 'Use an object, such as {"messages": [...]}.')
+        raise NotObject("row_not_object", kind=kind_of(row))
     return cast(dict[str, Any], row)
 
 
@@ -41,12 +52,9 @@ def _parse_line(line: bytes) -> Any:
     try:
         return parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        reason = f"byte {error.start + 1} is not valid UTF-8"
-        raise BadRow("invalid_utf8", reason, "Save the file as UTF-8.") from error
+        raise BadRow("invalid_utf8", start=error.start + 1) from error
     except json.JSONDecodeError as error:
-        reason = f"the JSON is invalid at column {error.colno}: {problem_of(error)}"
-        remedy = "Write each row as one JSON object on a single line, for example with Python's json.dumps()."
-        raise BadRow("invalid_json", reason, remedy) from error
+        raise BadRow("row_not_json", colno=error.colno, problem=problem_of(error)) from error
 
 
 def is_too_deep(value: Any) -> bool:
@@ -64,9 +72,8 @@ def is_too_deep(value: Any) -> bool:
     return True
 
 
-def _too_deep() -> BadRow:
-    reason = f"the JSON is nested too deeply: it has more than {MAX_NESTING} levels of lists and objects"
-    return BadRow("json_too_deep", reason, "Reduce the nesting of its lists and objects.")
+def _too_deep() -> TooDeep:
+    return TooDeep("json_too_deep", max_nesting=MAX_NESTING)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -74,28 +81,25 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(row) != len(pairs):
         seen: set[str] = set()
         duplicate = next(key for key, _ in pairs if key in seen or seen.add(key))
-        reason = f"the key {quoted(duplicate)} appears more than once in the same object"
-        raise BadRow("duplicate_key", reason, "Keep only one occurrence of the key.")
+        raise BadRow("duplicate_key", duplicate=quoted(duplicate))
     return row
 
 
 def _constant(name: str) -> Any:
-    raise BadRow("number_not_finite", f"{name} is not valid JSON", "Omit the value, or use a finite number.")
+    raise BadRow("number_not_json", name=name)
 
 
 def _float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        reason = f"the number {_shortened(text)} is out of range"
-        raise BadRow("number_not_finite", reason, "Use a number between -1.79e308 and 1.79e308.")
+        raise BadRow("number_out_of_range", text=_shortened(text))
     return value
 
 
 def _int(text: str) -> int:
     num_digits = len(text.lstrip("-"))
     if num_digits > MAX_DIGITS:
-        reason = f"the integer {_shortened(text)} has {num_digits:,} digits, but the maximum is {MAX_DIGITS}"
-        raise BadRow("number_too_large", reason, "Use a string for a longer number.")
+        raise BadRow("number_too_large", text=_shortened(text), num_digits=num_digits, max_digits=MAX_DIGITS)
     return int(text)
 
 
@@ -123,9 +127,7 @@ def check_characters(value: Any) -> None:
     try:
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        reason = f"\\u{ord(error.object[error.start]):04x} is half of a surrogate pair"
-        remedy = "Use the character itself, such as an emoji, or both \\u escapes of its pair."
-        raise BadRow("lone_surrogate", reason, remedy) from error
+        raise BadRow("lone_surrogate", unit=ord(error.object[error.start])) from error
 
 
 def problem_of(error: json.JSONDecodeError) -> str:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, TypedDict, cast
 
-from catalog.datasets.row_json import MAX_NESTING, BadRow, kind_of, parse_json, problem_of, quoted
+from catalog.datasets.row_json import MAX_NESTING, BadRow, TooDeep, kind_of, parse_json, problem_of, quoted
 
 MAX_TOOLS = 128
 """OpenAI's maximum for one row."""
@@ -63,9 +64,9 @@ def check_functions(place: str, given: Any) -> list[dict[str, Any]]:
 def check_tool_calls(place: str, given: Any) -> list[ToolCall]:
     """Return the calls of one assistant message. Raises BadRow."""
     if not isinstance(given, list) or not given:
-        described = "an empty list" if given == [] else f"{kind_of(given)}, not a list"
-        remedy = f"Use a list of calls, such as [{CALL_FORM}], or omit the key."
-        raise BadRow("invalid_tool_calls", f"{place} is {described}", remedy)
+        if given == []:
+            raise BadRow("tool_calls_empty", place=place)
+        raise BadRow("tool_calls_not_list", place=place, kind=kind_of(given))
     calls: list[ToolCall] = []
     for index, call in enumerate(cast(list[Any], given)):
         position = f"{place}[{index}]"
@@ -73,15 +74,13 @@ def check_tool_calls(place: str, given: Any) -> list[ToolCall]:
         _only_keys(position, fields, frozenset({"id", "type", "function"}), form=CALL_FORM)
         _check_type(position, fields, form=CALL_FORM)
         if not isinstance(fields.get("id"), str) or not fields["id"]:
-            remedy = "Use a string that is unique in the row, such as 'call_1'."
-            raise BadRow("invalid_tool_calls", f"{position}.id {_described(fields, 'id')}", remedy)
+            raise BadRow("tool_call_id_invalid", place=place, index=index, problem=_described(fields, "id"))
         _check_has_function(position, fields, form=CALL_FORM)
         function = checked_call(f"{position}.function", fields["function"])
         calls.append(ToolCall(id=fields["id"], type="function", function=function))
     repeated = _first_repeated(call["id"] for call in calls)
     if repeated is not None:
-        remedy = "Give each call its own ID."
-        raise BadRow("invalid_tool_calls", f"{place} has several calls with the ID {quoted(repeated)}", remedy)
+        raise BadRow("tool_call_id_repeated", place=place, repeated=quoted(repeated))
     return calls
 
 
@@ -92,28 +91,24 @@ def checked_call(place: str, given: Any) -> FunctionCall:
     name = _checked_name(place, fields)
     arguments = fields.get("arguments")
     if not isinstance(arguments, str):
-        reason = f"{place}.arguments {_described(fields, 'arguments')}"
-        raise BadRow("invalid_arguments", reason, 'Use a JSON object as a string, such as "{\\"city\\": \\"Paris\\"}".')
+        raise BadRow("call_arguments_not_text", place=place, problem=_described(fields, "arguments"))
     return FunctionCall(name=name, arguments=_parsed(f"{place}.arguments", arguments))
 
 
 def _parsed(place: str, arguments: str) -> dict[str, Any]:
     """Return the arguments of a call. A function without parameters may be called with an empty string."""
-    remedy = 'Use a JSON object as a string, such as "{\\"city\\": \\"Paris\\"}", or "{}" if there are no arguments.'
     if not arguments.strip():
         return {}
     try:
         value = parse_json(arguments)
+    except TooDeep as error:
+        raise BadRow("call_arguments_too_deep", place=place, max_nesting=MAX_NESTING) from error
     except BadRow as error:
-        if error.code == "json_too_deep":
-            reason = f"{place} is nested too deeply: it has more than {MAX_NESTING} levels of lists and objects"
-            raise BadRow("invalid_arguments", reason, "Flatten the arguments.") from error
-        raise BadRow(error.code, f"in {place}, {error.reason}", error.remedy) from error
+        raise BadRow(replace(error.text, message=f"in {place}, {error.text.message}")) from error
     except json.JSONDecodeError as error:
-        reason = f"{place} is not valid JSON: {problem_of(error)} at character {error.pos + 1}"
-        raise BadRow("invalid_arguments", reason, remedy) from error
+        raise BadRow("call_arguments_not_json", place=place, problem=problem_of(error), pos=error.pos + 1) from error
     if not isinstance(value, dict):
-        raise BadRow("invalid_arguments", f"{place} contains {kind_of(value)}, not an object", remedy)
+        raise BadRow("call_arguments_not_object", place=place, kind=kind_of(value))
     return cast(dict[str, Any], value)
 
 
@@ -124,31 +119,30 @@ def _check_function(place: str, given: Any) -> None:
     _checked_name(place, fields)
     for key, wanted, noun in (("description", str, "a string"), ("parameters", dict, "an object")):
         if fields.get(key) is not None and not isinstance(fields[key], wanted):
-            hint = "Use a JSON schema of type object" if key == "parameters" else "Use a string"
             raise BadRow(
-                "invalid_tools", f"{place}.{key} is {kind_of(fields[key])}, not {noun}", f"{hint}, or omit it."
+                "function_parameters_invalid" if key == "parameters" else "function_description_invalid",
+                place=place,
+                key=key,
+                kind=kind_of(fields[key]),
+                wanted=noun,
             )
     if not isinstance(fields.get("strict"), bool | None):
-        reason = f"{place}.strict is {kind_of(fields['strict'])}, not true or false"
-        raise BadRow("invalid_tools", reason, "Use true or false, or omit it.")
+        raise BadRow("function_strict_not_boolean", place=place, kind=kind_of(fields["strict"]))
 
 
 def _checked_name(place: str, fields: dict[str, Any]) -> str:
     name = fields.get("name")
     if not isinstance(name, str):
-        reason = f"{place}.name {_described(fields, 'name')}"
-        raise BadRow("invalid_function_name", reason, "Use the function's name, such as 'get_weather'.")
+        raise BadRow("function_name_not_text", place=place, problem=_described(fields, "name"))
     if NAME.fullmatch(name) is None:
-        remedy = "Use 1 to 64 letters, digits, dots, underscores and hyphens."
-        raise BadRow("invalid_function_name", f"{place}.name is {quoted(name)}, which is not a valid name", remedy)
+        raise BadRow("invalid_function_name", place=place, name=quoted(name))
     return name
 
 
 def _check_unique(place: str, names: list[str]) -> None:
     repeated = _first_repeated(names)
     if repeated is not None:
-        remedy = "Keep only one definition, or rename the others."
-        raise BadRow("invalid_tools", f"{place} defines the function {quoted(repeated)} more than once", remedy)
+        raise BadRow("function_defined_twice", place=place, repeated=quoted(repeated))
 
 
 def _first_repeated(names: Iterable[str]) -> str | None:
@@ -160,35 +154,33 @@ def _check_type(place: str, fields: dict[str, Any], *, form: str) -> None:
     if fields.get("type") != "function":
         kind = fields.get("type")
         shown = f"is {quoted(kind)}, not 'function'" if isinstance(kind, str) else _described(fields, "type")
-        raise BadRow("invalid_tool_type", f"{place}.type {shown}", f"Only functions are supported. Use {form}.")
+        raise BadRow("invalid_tool_type", place=place, shown=shown, form=form)
 
 
 def _list(place: str, given: Any, *, of: str, form: str) -> list[Any]:
     if not isinstance(given, list):
-        raise BadRow("invalid_tools", f"{place} is {kind_of(given)}, not a list", f"Use a list of {of}: [{form}].")
+        raise BadRow("tools_not_list", place=place, kind=kind_of(given), of=of, form=form)
     items = cast(list[Any], given)
     if len(items) > MAX_TOOLS:
-        reason = f"{place} has {len(items)} {of}, but the maximum is {MAX_TOOLS}"
-        raise BadRow("invalid_tools", reason, "Remove those that the conversation does not need.")
+        raise BadRow("too_many_tools", place=place, num_items=len(items), of=of, max_tools=MAX_TOOLS)
     return items
 
 
 def _object(place: str, given: Any, *, form: str) -> dict[str, Any]:
     if not isinstance(given, dict):
-        raise BadRow("invalid_tools", f"{place} is {kind_of(given)}, not an object", f"Use {form}.")
+        raise BadRow("tool_not_object", place=place, kind=kind_of(given), form=form)
     return cast(dict[str, Any], given)
 
 
 def _only_keys(place: str, fields: dict[str, Any], known: frozenset[str], *, form: str) -> None:
     for key in fields:
         if key not in known:
-            remedy = f"Remove the key, or correct its spelling or position. Use {form}."
-            raise BadRow("unknown_key", f"{place} has an unknown key, {quoted(key)}", remedy)
+            raise BadRow("unknown_tool_key", place=place, key=quoted(key), form=form)
 
 
 def _check_has_function(place: str, fields: dict[str, Any], *, form: str) -> None:
     if "function" not in fields:
-        raise BadRow("invalid_tools", f"{place}.function is missing", f"Use {form}.")
+        raise BadRow("tool_without_function", place=place, form=form)
 
 
 def _described(fields: dict[str, Any], key: str) -> str:

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from catalog.datasets.formats import KINDS, DataKind, RowKind, kind_of_row
 from catalog.datasets.row_json import BadRow, parse_object
+from catalog.error_texts import ErrorText
 from catalog.errors import InvalidRequest
 
 MAX_LISTED = 5
@@ -63,18 +64,11 @@ def inspect(lines: IO[bytes], *, max_line_bytes: int, max_rows: int) -> DatasetC
     if problems:
         raise _refuse(problems)
     if num_rows == 0:
-        raise InvalidRequest(
-            "The file has no rows.", code="file_empty", remedy="Upload a file with at least one row.", param="file"
-        )
+        raise InvalidRequest("file_without_rows", param="file")
     assert kind is not None
     if num_supervised == 0:
-        place = " in a completion" if kind.name == "completion" else ""
         raise InvalidRequest(
-            f"Every assistant message with text or tool calls{place} has weight 0, so the file has no tokens to train "
-            "on.",
-            code="only_masked_rows",
-            remedy="Set weight to 1, or omit it, in each assistant message to train on.",
-            param="file",
+            "only_masked_completions" if kind.name == "completion" else "only_masked_rows", param="file"
         )
     return DatasetCheck(num_rows=num_rows, kind=kind.name)
 
@@ -128,7 +122,7 @@ def _check_first(number: int, line: bytes) -> None:
     """Detect a file in another format, to report one error instead of one for each line."""
     kind = next((name for magic, name in MAGICS.items() if line.startswith(magic)), None)
     if line.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise _refuse([(number, BadRow("invalid_utf8", "the file is encoded as UTF-16", "Save the file as UTF-8."))])
+        raise _refuse([(number, BadRow("file_is_utf16"))])
     start = line.lstrip()[:1]
     if kind is None and start == b"[":
         kind = "a JSON array"
@@ -137,8 +131,7 @@ def _check_first(number: int, line: bytes) -> None:
     elif kind is None and start != b"{":
         kind = "CSV or plain text"
     if kind is not None:
-        remedy = f"Use JSON Lines, with one object on each line, such as {KINDS[0].form}."
-        raise _refuse([(number, BadRow("not_jsonl", f"the file looks like {kind}, not JSON Lines", remedy))])
+        raise _refuse([(number, BadRow("not_jsonl", kind=kind, form=KINDS[0].form))])
 
 
 def _refuse(problems: list[tuple[int, BadRow]]) -> InvalidRequest:
@@ -152,20 +145,19 @@ def _refuse(problems: list[tuple[int, BadRow]]) -> InvalidRequest:
         remedy = "Correct these lines, then upload the file again."
     if len(problems) == MAX_LISTED:
         sentences.append(f"Reading stopped at the {MAX_LISTED}th bad line; there may be more.")
-    return InvalidRequest(" ".join(sentences), code=code, remedy=remedy, param="file")
+    return InvalidRequest(ErrorText(code=code, message=" ".join(sentences), remedy=remedy, param="file"))
 
 
 def _blank(first: int, last: int) -> BadRow:
     """Return the error for the blank lines `first` to `last` between two rows."""
-    reason = "the line is blank" if first == last else f"lines {first} to {last} are blank"
-    return BadRow("blank_line", reason, "Delete all blank lines before the last row.")
+    if first == last:
+        return BadRow("blank_line")
+    return BadRow("blank_lines", first=first, last=last)
 
 
 def _too_long(num_bytes: int, max_line_bytes: int) -> BadRow:
-    reason = f"the line has {num_bytes:,} bytes, but the maximum is {max_line_bytes:,}"
-    return BadRow("line_too_long", reason, "Shorten the row, or split it into several rows.")
+    return BadRow("line_too_long", num_bytes=num_bytes, max_line_bytes=max_line_bytes)
 
 
 def _too_many(max_rows: int) -> BadRow:
-    reason = f"the file has more than {max_rows:,} rows, the limit"
-    return BadRow("too_many_rows", reason, "Remove rows, or split the file and train on each part in a separate job.")
+    return BadRow("too_many_rows", max_rows=max_rows)

@@ -65,31 +65,18 @@ def _refusal(error: DBAPIError | PoolTimeout | UnicodeEncodeError | OverflowErro
         is_outage = is_outage or sqlstate == READ_ONLY or sqlstate.startswith(INTERVENED)
         return _outage(error, sqlstate) if is_outage else None
     assert isinstance(error, PoolTimeout)
-    return Unavailable(
-        "All of this process's database connections are in use.",
-        code="database_unavailable",
-        remedy="Nothing was changed. Try again in a few seconds.",
-    )
+    return Unavailable("database_connections_used_up")
 
 
 def _not_set_up(text: str) -> Unavailable:
     found = MISSING_TABLE.search(text)
     name = (found[1] or found[2]) if found else "alembic_version"
-    return Unavailable(
-        f"The database lacks Lorry's table {name}.",
-        code="database_not_set_up",
-        remedy="Check that LORRY_DATABASE_URL, or LORRY_DATA_DIR if it is not set, points to Lorry's database. Then "
-        "create the tables: `python -m api bootstrap`.",
-    )
+    return Unavailable("database_table_missing", name=name)
 
 
 def _denied(detail: str) -> Unavailable:
-    owned = "database" if "schema" in detail else "tables"
     return Unavailable(
-        f"The database role in LORRY_DATABASE_URL lacks a required privilege: {detail}.",
-        code="database_permission_denied",
-        remedy=f"In LORRY_DATABASE_URL, use the owner of the {owned}, or the role lorry_api or lorry_worker. To grant "
-        "these roles their privileges, run `python -m api bootstrap` as the owner.",
+        "database_privilege_missing" if "schema" in detail else "database_table_privilege_missing", detail=detail
     )
 
 
@@ -98,76 +85,35 @@ def _outage(error: DBAPIError, sqlstate: str) -> Unavailable:
     if sqlite_code in BUSY or sqlstate in LOCKED:
         return busy()
     if sqlite_code in NOT_ACCESSIBLE:
-        return Unavailable(
-            f"SQLite can't open or write to the database: {_detail(error)}.",
-            code="database_unavailable",
-            remedy="Check that the folder of the database exists and is writable, and that the user who runs Lorry's "
-            "processes owns its files. Check the limit on open files (`ulimit -n`).",
-        )
+        return Unavailable("database_not_writable", detail=_detail(error))
     if sqlite_code == sqlite3.SQLITE_IOERR:
-        return Unavailable(
-            f"The system reported an I/O error for the SQLite database: {_detail(error)}.",
-            code="database_unavailable",
-            remedy="Check the disk and the file system that hold the database, for example with `dmesg`. SQLite needs "
-            "a local file system. Then try again.",
-        )
+        return Unavailable("database_io_error", detail=_detail(error))
     if sqlstate == READ_ONLY:
-        return Unavailable(
-            "The database is read-only.",
-            code="database_unavailable",
-            remedy="Try again in a few seconds. If the error persists, set LORRY_DATABASE_URL to the primary server "
-            "rather than a standby, and check that default_transaction_read_only is off.",
-        )
+        return Unavailable("database_read_only")
     if LOGIN_REJECTED.search(str(error.orig)):
-        return Unavailable(
-            "PostgreSQL rejected the login with LORRY_DATABASE_URL.",
-            code="database_unavailable",
-            remedy="Check the role, password and database name in LORRY_DATABASE_URL, and pg_hba.conf on the server. "
-            "The server's log states the reason.",
-        )
+        return Unavailable("database_login_rejected")
     return _crowded() if TOO_MANY_CONNECTIONS.search(str(error.orig)) else silent()
 
 
 def _crowded() -> Unavailable:
-    return Unavailable(
-        "PostgreSQL has reached its maximum number of connections.",
-        code="database_unavailable",
-        remedy="Try again in a few seconds. If this recurs, increase max_connections on the PostgreSQL server (or the "
-        "limit of the role, database or pooler), or run fewer Lorry processes.",
-    )
+    return Unavailable("database_server_connections_used_up")
 
 
 def _unstorable(error: DBAPIError | UnicodeEncodeError | OverflowError, sqlstate: str) -> InvalidRequest:
     if isinstance(error, UnicodeEncodeError):
         excerpt = _excerpt(error.object, error.start)
-        return InvalidRequest(
-            f"The text {excerpt} contains an unpaired surrogate, which is not a valid character.",
-            code="unstorable_value",
-            remedy="Remove the surrogate, or send the complete character.",
-        )
+        return InvalidRequest("unpaired_surrogate", excerpt=excerpt)
     if isinstance(error, OverflowError) or sqlstate == TOO_LARGE:
         number = _largest(error)
-        return InvalidRequest(
-            "A number in the request is too large to store."
-            if number is None
-            else f"The number {number} in the request is too large to store.",
-            code="unstorable_value",
-            remedy="Use a number from -2,147,483,648 to 2,147,483,647, which always fits.",
-        )
+        if number is None:
+            return InvalidRequest("unknown_number_too_large")
+        return InvalidRequest("stored_number_too_large", number=number)
     if sqlstate in NUL:
         excerpt = _nul(error)
-        return InvalidRequest(
-            "The request contains a NUL character, which can't be stored."
-            if excerpt is None
-            else f"The text {excerpt} contains a NUL character, which can't be stored.",
-            code="unstorable_value",
-            remedy="Remove the NUL character.",
-        )
-    return InvalidRequest(
-        f"The database can't store a value in the request: {_detail(error)}.",
-        code="unstorable_value",
-        remedy="Correct or shorten this value.",
-    )
+        if excerpt is None:
+            return InvalidRequest("nul_character")
+        return InvalidRequest("nul_character_in_text", excerpt=excerpt)
+    return InvalidRequest("unstorable_value", detail=_detail(error))
 
 
 def _detail(error: DBAPIError) -> str:
@@ -209,26 +155,12 @@ def _values(params: Any) -> Iterator[Any]:
 
 
 def disk_full() -> OutOfSpace:
-    return OutOfSpace(
-        "The disk that holds the database is full.",
-        code="disk_full",
-        remedy="Nothing was changed. Free up space on that disk, then try again.",
-    )
+    return OutOfSpace("disk_full")
 
 
 def busy() -> Unavailable:
-    return Unavailable(
-        "The database is busy: another transaction holds a lock that this operation needs.",
-        code="database_unavailable",
-        remedy="Nothing was changed. Try again in a few seconds. If this recurs, look for 'long write transaction' in "
-        "the logs of Lorry's processes.",
-    )
+    return Unavailable("database_busy")
 
 
 def silent() -> DatabaseSilent:
-    return DatabaseSilent(
-        "The database is not responding.",
-        code="database_unavailable",
-        remedy="Try again in a few seconds, with an Idempotency-Key to apply a request only once. If this recurs, "
-        "check that the database is running and LORRY_DATABASE_URL is correct.",
-    )
+    return DatabaseSilent("database_unavailable")

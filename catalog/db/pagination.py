@@ -47,12 +47,7 @@ def paginate(
 
 
 def unknown_cursor(after: str) -> InvalidRequest:
-    return InvalidRequest(
-        f"'after' is {after!r}, but no item in this list has that ID.",
-        code="unknown_cursor",
-        remedy="Set 'after' to the ID of the last item on the previous page, or omit it to start from the beginning.",
-        param="after",
-    )
+    return InvalidRequest("unknown_cursor", after=after, param="after")
 
 
 def _beyond(

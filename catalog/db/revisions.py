@@ -26,11 +26,6 @@ UNRELEASED = re.compile(
     r"|0005_serving|0006_adapter_exports|0007_deployment_errors|0008_export_estimates|0009_export_refusals"
 )
 """Revisions of builds before the first release. If the newest script is edited before the release, add its revision."""
-TOO_NEW = "Use the version of Lorry that migrated the database, or a later one."
-NOT_UPGRADABLE = (
-    "For this version, set LORRY_DATABASE_URL to an empty database and LORRY_DATA_DIR to an empty folder. Then run "
-    "`python -m api bootstrap`."
-)
 
 
 def alembic_config(url: str) -> Config:
@@ -83,21 +78,11 @@ def _check_known(connection: Connection) -> None:
     if is_unreleased(database_revision):
         raise not_upgradable(database_revision)
     if database_revision is not None and database_revision not in known():
-        raise Conflict(
-            f"The database is at revision {database_revision}, which belongs to a newer version of Lorry. This version "
-            f"supports revisions only up to {supported}.",
-            code="database_too_new",
-            remedy=TOO_NEW,
-        )
+        raise Conflict("database_too_new", database_revision=database_revision, supported=supported)
 
 
 def not_upgradable(database_revision: str | None) -> Conflict:
-    return Conflict(
-        f"The database (revision {database_revision}) was created by a pre-release build of Lorry and can't be "
-        "upgraded.",
-        code="database_not_upgradable",
-        remedy=NOT_UPGRADABLE,
-    )
+    return Conflict("database_not_upgradable", database_revision=str(database_revision))
 
 
 @cache

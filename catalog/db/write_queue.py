@@ -121,13 +121,13 @@ def _not_opened(path: Path, error: OSError) -> OutOfSpace | Unavailable:
     if is_full(error):
         return disk_full()
     return Unavailable(
-        f"The lock file {path.name!r} in the database's folder can't be opened: {error.strerror}.",
-        code="database_unavailable",
-        remedy="Try again in a few seconds. If this recurs, raise the limit on open files (`ulimit -n`)."
+        "database_lock_too_many_files"
         if error.errno in (errno.EMFILE, errno.ENFILE)
-        else "Restore the folder, or correct LORRY_DATABASE_URL or LORRY_DATA_DIR. Then restart Lorry's processes."
-        if error.errno == errno.ENOENT
-        else "Mount the folder's file system as writable. Then restart Lorry's processes."
-        if error.errno == errno.EROFS
-        else "Check the folder's permissions, and run all of Lorry's processes as the user who owns the database.",
+        else (
+            "database_lock_folder_missing"
+            if error.errno == errno.ENOENT
+            else ("database_lock_folder_read_only" if error.errno == errno.EROFS else "database_lock_folder_denied")
+        ),
+        path=path.name,
+        strerror=str(error.strerror),
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sqlalchemy.orm import Session
 
 from catalog.db.database import Database, read_clock
+from catalog.error_texts import ErrorText
 from catalog.errors import LorryError, StaleClaim
 from catalog.exports import formats
 from catalog.exports.formats import Needs
@@ -116,9 +117,9 @@ def refuse(db: Database, task: TaskClaim, error: LorryError) -> None:
         if since <= now - MAX_WAIT_SECONDS:
             message = f"{error.message} No worker has taken the export for {(now - since) / 3600:.0f} hours."
             remedy = f"{error.remedy} Then create the export again."
-            _fail(session, row, task, {"code": error.code, "message": message, "remedy": remedy})
+            _fail(session, row, task, replace(error.text, message=message, remedy=remedy))
             return
-        row.status, row.error = "queued", _described(error)  # a worker that was lost may have left it running
+        row.status, row.error = "queued", error.text.report()  # a worker that was lost may have left it running
         task_queue.release_in(session, task)
 
 
@@ -140,7 +141,7 @@ def finish(db: Database, task: TaskClaim, exported: ExportResult) -> None:
 def fail(db: Database, task: TaskClaim, error: LorryError) -> None:
     """Mark the export as failed: the same attempt would fail again. Raises StaleClaim."""
     with db.write() as session:
-        _fail(session, task_queue.hold(session, task, AdapterExport), task, _described(error))
+        _fail(session, task_queue.hold(session, task, AdapterExport), task, error.text)
 
 
 def retry(db: Database, task: TaskClaim, error: LorryError) -> None:
@@ -152,7 +153,7 @@ def retry(db: Database, task: TaskClaim, error: LorryError) -> None:
         row = task_queue.hold(session, task, AdapterExport)
         row.status = "queued"
         if not task_queue.retry(session, task):
-            row.status, row.error, row.finished_at = "failed", _described(error), read_clock(session)
+            row.status, row.error, row.finished_at = "failed", error.text.report(), read_clock(session)
 
 
 def release(db: Database, task: TaskClaim, *, wait_seconds: float = 0) -> None:
@@ -162,10 +163,6 @@ def release(db: Database, task: TaskClaim, *, wait_seconds: float = 0) -> None:
         task_queue.release_in(session, task, wait_seconds=wait_seconds)
 
 
-def _fail(session: Session, row: AdapterExport, task: TaskClaim, error: Json) -> None:
-    row.status, row.error, row.finished_at = "failed", error, read_clock(session)
+def _fail(session: Session, row: AdapterExport, task: TaskClaim, error: ErrorText) -> None:
+    row.status, row.error, row.finished_at = "failed", error.report(), read_clock(session)
     task_queue.finish(session, task)
-
-
-def _described(error: LorryError) -> Json:
-    return {"code": error.code, "message": error.message, "remedy": error.remedy}

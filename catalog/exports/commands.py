@@ -137,20 +137,12 @@ def files_of(db: Database, *, project_id: str, adapter: str, export: str) -> tup
         if row.artifact is not None:
             return row, session.get_one(Artifact, row.artifact)
         if row.format == "adapter":
+            raise Conflict("export_has_no_files", id=row.id, adapter_name=row.adapter_name, param="export")
+        if row.status in UNFINISHED_EXPORTS:
             raise Conflict(
-                f"Export {row.id} stores no files: it uploads those of the adapter.",
-                code="export_has_no_files",
-                remedy=f"Download them with `lorry adapters pull {row.adapter_name}`.",
-                param="export",
+                "export_not_ready", id=row.id, state=row.status, adapter_name=row.adapter_name, param="export"
             )
-        raise Conflict(
-            f"Export {row.id} has no files, because its status is {row.status!r}.",
-            code="export_not_ready",
-            remedy=f"Wait until its status is 'succeeded': `lorry adapters exports {row.adapter_name}`."
-            if row.status in UNFINISHED_EXPORTS
-            else "Create the export again.",
-            param="export",
-        )
+        raise Conflict("export_ended_without_files", id=row.id, state=row.status, param="export")
 
 
 def cancel(db: Database, *, project_id: str, adapter: str, export: str) -> AdapterExport:
@@ -163,12 +155,7 @@ def cancel(db: Database, *, project_id: str, adapter: str, export: str) -> Adapt
         if row.status == "cancelled":
             return row
         if row.status not in UNFINISHED_EXPORTS:
-            raise Conflict(
-                f"Export {row.id} can't be cancelled, because its status is {row.status!r}.",
-                code="export_finished",
-                remedy="To delete its files, delete the export.",
-                param="export",
-            )
+            raise Conflict("export_finished", id=row.id, state=row.status, param="export")
         end_unfinished(session, row, now=read_clock(session))
         return row
 
@@ -203,12 +190,7 @@ def _base(session: Session, model: Adapter, format: Format) -> BaseModelRow:  # 
     assert base is not None, "the row of a base model is never deleted"
     if format != "adapter" and (base.state != "ready" or base.digest != model.base_digest):
         raise Conflict(
-            f"Adapter {model.name!r} can't be exported as {format!r}, because its base model {model.base_model!r} was "
-            "deleted or replaced.",
-            code="base_changed",
-            remedy="Ask an operator to add the same base model again under this name: `lorry models add "
-            f"{model.base_model} SOURCE`.",
-            param="adapter",
+            "export_base_changed", model=model.name, format=format, base_model=model.base_model, param="adapter"
         )
     return base
 
@@ -216,13 +198,7 @@ def _base(session: Session, model: Adapter, format: Format) -> BaseModelRow:  # 
 def _refuse_too_many(session: Session, project_id: str, max_open: int) -> None:
     unfinished = (AdapterExport.project_id == project_id, AdapterExport.status.in_(UNFINISHED_EXPORTS))
     if (session.scalar(select(func.count()).where(*unfinished)) or 0) >= max_open:
-        raise RateLimited(
-            f"The project has reached its limit of {max_open} unfinished exports.",
-            code="too_many_exports",
-            remedy="Wait until some of them finish, or cancel them.",
-            retry_after_seconds=RETRY_SECONDS,
-            headers={},
-        )
+        raise RateLimited("too_many_exports", max_open=max_open, retry_after_seconds=RETRY_SECONDS, headers={})
 
 
 def _is_of(adapter: str) -> ColumnElement[bool]:
@@ -235,13 +211,7 @@ def _find(session: Session, project_id: str, adapter: str, export: str, *, locke
     )
     row = session.scalar(own.with_for_update() if locked else own)
     if row is None:
-        raise NotFound(
-            "export",
-            export,
-            message=f"Your project has no export of adapter {adapter!r} with the ID {export!r}.",
-            param="export",
-            remedy=f"List the exports with `lorry adapters exports {adapter}`.",
-        )
+        raise NotFound("export_not_found", adapter=adapter, export=export, param="export")
     return row
 
 

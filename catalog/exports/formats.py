@@ -15,9 +15,6 @@ GGUF_ARCHITECTURES = frozenset(
     {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"},
 )
 """Classes of base models that Lorry itself writes as GGUF. A test compares them with those of lora_core."""
-SET_CONVERTER = (
-    "Set LORRY_GGUF_CONVERTER on a worker to the path of llama.cpp's convert_hf_to_gguf.py, and restart the worker."
-)
 BYTES_OF_VALUE = {"f16": 2.0, "q8_0": 34 / 32}
 PROCESS_BYTES = 2**30
 """Memory of an export's process without any weights, most of it for torch."""
@@ -42,20 +39,9 @@ def resolve(format: Format, quantization: Quantization | None, *, hub_repository
     if format == "gguf":
         return quantization or DEFAULT_QUANTIZATION
     if quantization is not None:
-        raise InvalidRequest(
-            f"The format {format!r} has no quantization.",
-            code="invalid_export",
-            remedy="Omit 'quantization', or use the format 'gguf'.",
-            param="quantization",
-        )
+        raise InvalidRequest("export_not_quantizable", format=format, param="quantization")
     if format == "adapter" and hub_repository is None:
-        raise InvalidRequest(
-            "The format 'adapter' consists of the adapter's own files, so there is nothing to export.",
-            code="invalid_export",
-            remedy="Set 'hub_repository' to upload them to the Hugging Face Hub, or download them with "
-            "`lorry adapters pull`.",
-            param="format",
-        )
+        raise InvalidRequest("export_of_adapter_files", param="format")
     return None
 
 
@@ -81,30 +67,23 @@ def check_model(
     if not is_written_by_lorry(description):
         _check_converter(format, architecture=description["architecture"], has_converter=has_converter)
     if format == "gguf-lora" and lora.get("use_dora"):
-        raise InvalidRequest(
-            "An adapter that uses DoRA can't be exported as 'gguf-lora', which contains only the matrices A and B.",
-            code="unsupported_export",
-            remedy="Use the format 'gguf' or 'merged', which contain the merged weights.",
-            param="format",
-        )
+        raise InvalidRequest("dora_not_exportable", param="format")
 
 
 def _check_converter(format: Format, *, architecture: str, has_converter: bool) -> None:  # noqa: A002
     if format == "gguf-lora":
         raise InvalidRequest(
-            f"An adapter of the architecture {architecture!r} can't be exported as 'gguf-lora'.",
-            code="unsupported_export",
-            remedy=f"Use the format {'gguf' if has_converter else 'merged'!r}. LoRA files are available for "
-            f"{', '.join(sorted(GGUF_ARCHITECTURES))}.",
+            "architecture_not_exportable",
+            architecture=architecture,
+            format="gguf" if has_converter else "merged",
+            gguf_architectures=", ".join(sorted(GGUF_ARCHITECTURES)),
             param="format",
         )
     if not has_converter:
         raise InvalidRequest(
-            f"A base model of the architecture {architecture!r} can't be exported as 'gguf': no running worker has "
-            "llama.cpp's converter.",
-            code="unsupported_export",
-            remedy=f"{SET_CONVERTER} Or use the format 'merged'. Without the converter, Lorry writes GGUF for "
-            f"{', '.join(sorted(GGUF_ARCHITECTURES))}.",
+            "converter_not_configured",
+            architecture=architecture,
+            gguf_architectures=", ".join(sorted(GGUF_ARCHITECTURES)),
             param="format",
         )
 

@@ -17,13 +17,10 @@ def check(repository: str, allowed: Collection[str]) -> None:
     """Raises Forbidden if no pattern of `allowed`, such as `my-org/*`, matches the repository (ORG/NAME)."""
     if any(fnmatchcase(repository, pattern) for pattern in allowed):
         return
-    reason = "does not contain it" if allowed else "is empty"
     organization = repository.partition("/")[0]
     raise Forbidden(
-        f"Exports may not be uploaded to {repository!r} on the Hugging Face Hub, because LORRY_HUB_REPOSITORIES "
-        f"{reason}.",
-        code="hub_repository_not_allowed",
-        remedy=f"Ask an operator to add {repository} or {organization}/* to LORRY_HUB_REPOSITORIES on the API servers "
-        "and workers, and to restart them.",
+        "hub_repository_not_allowed" if allowed else "no_hub_repository_allowed",
+        repository=repository,
+        organization=organization,
         param="hub_repository",
     )

@@ -27,7 +27,6 @@ OLDEST_PROTOCOL = 4
 Workers of protocol 1 reject a JobSpec with `slice_tokens`, and don't send the token of a reply address. Those of
 protocol 2 reject `evaluation` and `method_options`. Those of protocol 3 look for inference requests in the database.
 """
-MIGRATE = "Run `python -m api bootstrap` from this version to migrate the database. Running services can stay up."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,10 +68,10 @@ def check_in(session: Session, *, protocol: int) -> None:
         raise _of_another_protocol(protocol, window)
 
 
-def check_tables(session: Session, *, remedy: str = MIGRATE) -> None:
+def check_tables(session: Session, *, if_older: str = "database_too_old") -> None:
     """Check the tables before an API server accepts requests. Newer tables are accepted.
 
-    Raises Conflict if the tables are older than this code.
+    Raises Conflict with the text `if_older` if the tables are older than this code.
     """
     database_revision = revisions.read(session)
     if revisions.is_unreleased(database_revision):
@@ -80,9 +79,10 @@ def check_tables(session: Session, *, remedy: str = MIGRATE) -> None:
     if revisions.is_older(database_revision):
         own, needed = lorry_version(), revisions.newest()
         raise Conflict(
-            f"Lorry {own} requires database revision {needed}, but the database {_older(database_revision)}.",
-            code="database_too_old",
-            remedy=remedy,
+            if_older,
+            own=own,
+            needed=needed,
+            revision=database_revision or "none",
         )
 
 
@@ -104,37 +104,22 @@ def lorry_version() -> str:
 
 def _of_another_revision(session: Session, database_revision: str | None) -> UnfitWorker:
     if revisions.is_unreleased(database_revision):
-        refusal = revisions.not_upgradable(database_revision)
-        return UnfitWorker(refusal.message, code=refusal.code, remedy=refusal.remedy)
-    own, needed = lorry_version(), revisions.newest()
-    requirement = f"This worker (Lorry {own}) requires database revision {needed}, but the database"
+        return UnfitWorker(revisions.not_upgradable(database_revision).text)
+    versions = {"own": lorry_version(), "needed": revisions.newest(), "revision": database_revision or "none"}
     if revisions.is_older(database_revision):
-        message = f"{requirement} {_older(database_revision)}."
-        return UnfitWorker(message, code="database_too_old", remedy=MIGRATE)
-    message = f"{requirement} is at revision {database_revision}, which is newer."
+        return UnfitWorker("worker_too_new_for_database", **versions)
     announced = session.get(Service, 1)  # newer tables keep what this version reads
-    version = (
-        f"Lorry {announced.version}" if announced and announced.version != own else "the service's version of Lorry"
-    )
-    remedy = f"Install {version} on this node, then restart the worker."
-    return UnfitWorker(message, code="worker_too_old", remedy=remedy)
-
-
-def _older(database_revision: str | None) -> str:
-    return "has no revision" if database_revision is None else f"is at revision {database_revision}, which is older"
+    if announced and announced.version != lorry_version():
+        return UnfitWorker("worker_too_old_for_database", **versions, service=announced.version)
+    return UnfitWorker("worker_too_old_for_unknown_service", **versions)
 
 
 def _of_another_protocol(protocol: int, window: Window) -> UnfitWorker:
-    supported = f" {window.oldest}" if window.oldest == window.newest else f"s {window.oldest} to {window.newest}"
-    message = (
-        f"This worker (Lorry {lorry_version()}) uses protocol {protocol}, but the service (Lorry {window.version}) "
-        f"supports protocol{supported}."
+    return UnfitWorker(
+        "worker_too_old" if protocol < window.oldest else "worker_too_new",
+        own=lorry_version(),
+        protocol=protocol,
+        service=window.version,
+        oldest=window.oldest,
+        newest=window.newest,
     )
-    if protocol < window.oldest:
-        remedy = f"Install Lorry {window.version} on this node, then restart the worker."
-        return UnfitWorker(message, code="worker_too_old", remedy=remedy)
-    remedy = (
-        "Upgrade the service first: run `python -m api bootstrap` from this version, then upgrade the API servers. "
-        "Then restart this worker."
-    )
-    return UnfitWorker(message, code="worker_too_new", remedy=remedy)

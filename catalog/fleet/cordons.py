@@ -62,7 +62,7 @@ def cordon(db: Database, worker_id: str, *, reason: str | None = None) -> Worker
     with db.write() as session:
         worker = _locked_worker(session, worker_id)
         if worker.ended_at is not None:
-            raise ended(worker_id, "cordon")
+            raise ended(worker_id, "cordoned")
         if worker.cordon is None:
             now = read_clock(session)
             _set_cordon(worker, by="operator", reason=reason, now=now)
@@ -101,7 +101,7 @@ def drain(db: Database, worker_id: str) -> Worker:
     with db.write() as session:
         worker = _locked_worker(session, worker_id)
         if worker.ended_at is not None:
-            raise ended(worker_id, "drain")
+            raise ended(worker_id, "drained")
         if not worker.drain_requested:
             now = read_clock(session)
             worker.drain_requested = True
@@ -126,12 +126,8 @@ def retire(session: Session, worker: Worker, version: str, *, now: float) -> Non
     _notify_jobs(session, worker, text, now=now)
 
 
-def ended(worker_id: str, verb: str) -> Conflict:
-    return Conflict(
-        f"Worker {worker_id} has stopped, so it can't be {verb}ed.",
-        code="worker_ended",
-        remedy="Choose a running worker from `lorry workers list`.",
-    )
+def ended(worker_id: str, done: str) -> Conflict:
+    return Conflict("worker_ended", worker_id=worker_id, done=done)
 
 
 def inherit(session: Session, worker: Worker, *, is_live_after: float) -> None:
@@ -414,7 +410,7 @@ def _set_cordon(worker: Worker, *, by: By, reason: str | None, now: float, evide
 def _locked_worker(session: Session, worker_id: str) -> Worker:
     worker = session.get(Worker, worker_id, with_for_update=True)
     if worker is None:
-        raise NotFound("worker", worker_id, remedy="Choose a worker from `lorry workers list`.")
+        raise NotFound("worker_not_found", worker_id=worker_id)
     return worker
 
 

@@ -26,27 +26,10 @@ MAX_FAILED = 3
 """A member is cordoned after this many rounds that it failed to join through its own fault, with no started round in
 between."""
 OF_FAILED = f"It failed to join its gang's trainer {MAX_FAILED} times in a row."
-RETRIED = (
-    "The gang retries automatically. If this recurs, check that its workers are running and not cordoned "
-    "(`lorry workers list`), and read their logs."
-)
-LATE = (
-    "The gang retries automatically. If this recurs, read the logs of its workers. If they are still importing the "
-    "base model, increase LORRY_GANG_JOIN_SECONDS."
-)
-TOO_FEW = (
-    "Start or uncordon more workers of this gang, with the same versions and kind of device as its leader. The gang "
-    "then retries automatically."
-)
-WITH_OTHERS = "No action is needed: the gang will retry with the available workers."
 
 
 class NotGathered(Conflict):
     """A round lacks one of its members, or has ended."""
-
-    def __init__(self, message: str, *, remedy: str | None = None) -> None:
-        """remedy: None: RETRIED."""
-        super().__init__(message, code="gang_incomplete", remedy=RETRIED if remedy is None else remedy)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -198,10 +181,7 @@ def open_round(member: GangMember, *, members: Sequence[str], task: Json, second
         live = {seat.worker_id: seat for seat, worker in _live(session, member) if not _is_closed(seat, worker)}
         missing = [worker_id for worker_id in members if worker_id not in live]
         if missing:
-            verb = "is" if len(missing) == 1 else "are"
-            raise NotGathered(
-                f"Gang {member.gang}: {_named(missing)} {verb} unreachable, stopped, cordoned or draining."
-            )
+            raise NotGathered("gang_members_unavailable", gang=member.gang, missing=_named(missing))
         round_id, first_rank, first_ranks = new_id("round"), 0, list[int]()
         in_order = [member.worker_id, *(worker_id for worker_id in members if worker_id != member.worker_id)]
         for worker_id in in_order:
@@ -221,8 +201,7 @@ def join(member: GangMember, round_id: str) -> None:
         now = read_clock(session)
         if row.expires_at is not None and now >= row.expires_at:
             late = now - row.expires_at
-            message = f"Gang {row.name}: worker {member.worker_id} joined {late:.1f} s after the time limit."
-            raise NotGathered(message, remedy=LATE)
+            raise NotGathered("gang_joined_late", name=row.name, worker_id=member.worker_id, late=late)
         seat.joined_at = now
 
 
@@ -273,7 +252,7 @@ def hindrance_of(found: RoundState) -> str | None:
 def hindered(gang: str, hindrance: str, found: RoundState) -> NotGathered:
     """Return the error of a round that can't start for the reason `hindrance_of`."""
     is_slow = not found.ended and not found.lost and found.is_late
-    return NotGathered(f"Gang {gang}: {hindrance}", remedy=LATE if is_slow else RETRIED)
+    return NotGathered("gang_too_slow" if is_slow else "gang_incomplete", gang=gang, hindrance=hindrance)
 
 
 def leave(member: GangMember, round_id: str, *, end: Json) -> bool:
@@ -413,12 +392,13 @@ def _named(worker_ids: Sequence[str]) -> str:
 
 
 def _is_over(gang: str, round_id: str) -> NotGathered:
-    return NotGathered(f"Gang {gang}: training round {round_id} has already ended.", remedy=WITH_OTHERS)
+    return NotGathered("gang_round_over", gang=gang, round_id=round_id)
 
 
 def _is_led_by_another(row: Gang) -> NotGathered:
-    leader = "has no leader now" if row.leader_id is None else f"is now led by worker {row.leader_id}"
-    return NotGathered(f"Gang {row.name} {leader}.", remedy=WITH_OTHERS)
+    if row.leader_id is None:
+        return NotGathered("gang_without_leader", name=row.name)
+    return NotGathered("gang_led_by_another", name=row.name, leader_id=row.leader_id)
 
 
 class LivenessTracker:

@@ -22,7 +22,7 @@ def find(session: Session, project_id: str, job_id: str, *, locked: bool = False
     owned = select(Job).where(Job.id == job_id, Job.project_id == project_id)
     job = session.scalar(owned.with_for_update(of=Job) if locked else owned)
     if job is None:
-        raise NotFound("job", job_id)
+        raise NotFound("job_not_found", job_id=job_id)
     return job
 
 

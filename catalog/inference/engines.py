@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from sqlalchemy import case, delete, select, true
 
 from catalog.db.database import Database, lower, read_clock
+from catalog.error_texts import ErrorText
 from catalog.fleet import views
 from catalog.inference.requests import Model, NoWorker
 from catalog.resources.pack_key import quantization_of
@@ -29,15 +30,9 @@ MAX_BASES = 16
 """Maximum number of base models that a worker considers for loading at once."""
 NOT_BEGUN = "not_begun"
 """Code of a worker's error: the trainer was unloaded before it began to answer, so another one is to be found."""
+LOAD_FAILED: Json = {**ErrorText.of("inference_failed").report()}
 INTERRUPTED = "answer_interrupted"
 """Code of a worker's error: the trainer was lost, or is being unloaded, while it answered."""
-LOAD_FAILED: Json = {
-    "code": "inference_failed",
-    "message": "The base model could not be loaded: every worker that began to load it failed.",
-    "remedy": "Ask an operator to check the logs of the workers.",
-}
-START = "Ask an operator to start a worker, for example with `lorry worker`. Then retry."
-FEWER = "Send fewer requests at once, or ask an operator to start another worker. Then retry."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,7 +69,7 @@ def want(db: Database, model: Model, *, since: float, is_batch: bool) -> Json | 
         now = read_clock(session)
         recent = select(Worker.id).where(Worker.heartbeat_at > now - RESTART_SECONDS).limit(1)
         if not is_batch and session.scalar(recent) is None:
-            raise NoWorker("No worker is running, so the request can't be answered.", code="no_worker", remedy=START)
+            raise NoWorker("no_worker")
         wish = {"pack_key": model.pack_key, "base_model": model.base_model, "base_digest": model.base_digest}
         times = {"wanted_since": now, "wanted_until": 0.0, "clients_until": 0.0}
         lower(session, WantedBase, wish | times, "wanted_since")  # locks the row, although others add and delete it
@@ -167,34 +162,17 @@ def remove_lapsed(db: Database) -> None:
 
 def why_unanswered(db: Database, model: Model) -> NoWorker:
     """Return the error for a request that no trainer has begun to answer in time, by the state of the workers."""
-    base = repr(model.base_model)
     with db.read() as session:
         now = read_clock(session)
         residents = views.residents(session, now=now)
         task = session.get(Task, (TaskKind.LOAD, model.pack_key))
         is_loading = task is not None and (task.lease_expires_at or 0.0) > now
     if is_loading:
-        return _timeout(
-            f"The request was not answered in time: a worker is still loading {base}.", remedy="Retry in a few minutes."
-        )
+        return NoWorker("inference_timeout_while_loading", base=model.base_model)
     if not residents:
-        return _timeout("The request was not answered in time: no worker is running.", remedy=START)
+        return NoWorker("inference_timeout_without_worker")
     if all(each.takes_nothing_new for each in residents):
-        return _timeout(
-            "The request was not answered in time: all workers are cordoned or draining.",
-            remedy="Ask an operator to uncordon a worker or to start another one. Then retry.",
-        )
+        return NoWorker("inference_timeout_of_cordoned_workers")
     if any(each.pack_key == model.pack_key for each in residents):
-        return _timeout(
-            f"The request was not answered in time: the workers that have {base} loaded are busy with other requests.",
-            remedy=FEWER,
-        )
-    return _timeout(
-        f"The request was not answered in time: no worker has {base} loaded, and none was free to load it.",
-        remedy="See with `lorry workers list` what the workers do. Wait until their jobs end, or ask an operator to "
-        "start another worker. Then retry.",
-    )
-
-
-def _timeout(message: str, *, remedy: str) -> NoWorker:
-    return NoWorker(message, code="inference_timeout", remedy=remedy)
+        return NoWorker("inference_timeout_of_busy_workers", base=model.base_model)
+    return NoWorker("inference_timeout_without_free_worker", base=model.base_model)

@@ -7,7 +7,6 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
-from catalog.datasets import chat_templates
 from catalog.db.database import Database, read_clock
 from catalog.errors import Conflict, InvalidRequest, LorryError
 from catalog.fleet import views
@@ -48,8 +47,7 @@ class Model:
     def check_tools(self) -> None:
         """Raise InvalidRequest if no request with tools can be answered."""
         if not self.renders_tools:
-            code, message, remedy = chat_templates.no_tools("tools")
-            raise InvalidRequest(message, code=code, remedy=remedy, param="tools")
+            raise InvalidRequest("template_without_tools", element="tools", param="tools")
 
 
 def resolve(db: Database, *, project_id: str, name: str) -> Model:
@@ -68,13 +66,7 @@ def _adapter(session: Session, project_id: str, name: str) -> Model:
     job = session.get_one(Job, adapter.job_id)
     base = session.get(BaseModelRow, adapter.base_model)
     if base is None or base.state == "deleted" or base.digest != adapter.base_digest:
-        raise Conflict(
-            f"Model {name!r} can't answer, because its base model {adapter.base_model!r} was deleted or replaced.",
-            code="base_changed",
-            remedy="Ask an operator to add the same base model again under this name: `lorry models add "
-            f"{adapter.base_model} SOURCE`.",
-            param="model",
-        )
+        raise Conflict("base_changed", name=name, base_model=adapter.base_model, param="model")
     return Model(
         name=adapter.name,
         base_model=adapter.base_model,
@@ -89,14 +81,7 @@ def _base(session: Session, name: str) -> Model:
     base = base_models.find(session, name)
     if base.state != "ready" or base.digest is None:
         is_failed = base.state == "failed"
-        raise Conflict(
-            f"Base model {name!r} can't answer yet: its import {'failed' if is_failed else 'has not finished'}.",
-            code="base_not_ready",
-            remedy=f"See the error with `lorry models show {name}`, and add the model again."
-            if is_failed
-            else f"Wait until `lorry models show {name}` shows the state 'ready'.",
-            param="model",
-        )
+        raise Conflict("base_import_failed" if is_failed else "base_import_unfinished", name=name, param="model")
     now = read_clock(session)
     plain = plain_keys(base.digest)
     residents = views.residents(session, now=now)

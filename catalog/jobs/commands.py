@@ -116,11 +116,7 @@ def pause(db: Database, *, project_id: str, job_id: str) -> Job:
     with db.write() as session:
         job = find(session, project_id, job_id, locked=True)
         if job.cancel_requested:
-            raise Conflict(
-                f"Job {job.id} can't be paused, because it is being cancelled.",
-                code="job_canceling",
-                remedy="To train again, create a new job.",
-            )
+            raise Conflict("job_canceling", job=job.id)
         if job.state != JobState.PAUSED:
             stop(session, job, PAUSE, now=read_clock(session))
         return job
@@ -144,17 +140,11 @@ def resume(db: Database, *, project_id: str, job_id: str, is_client_retry: bool 
         if job.state != JobState.PAUSED:
             if is_client_retry and not job.cancel_requested:
                 return job
-            raise Conflict(
-                f"Job {job.id} can't be resumed, because it is being cancelled."
-                if job.cancel_requested
-                else f"Job {job.id} can't be resumed, because it is not paused. Its state is {job.state}.",
-                code="job_not_paused",
-                remedy="To train again, create a new job."
-                if job.cancel_requested
-                else f"The job is held. To let it start, release it with `lorry jobs release {job.id}`."
-                if job.is_held
-                else "No action is needed: the job continues without being resumed.",
-            )
+            if job.cancel_requested:
+                raise Conflict("job_cancelling", job=job.id)
+            if job.is_held:
+                raise Conflict("job_held", job=job.id, state=job.state)
+            raise Conflict("job_not_paused", job=job.id, state=job.state)
         quotas.check_resumption(session, job.project_id, now=now)
         _note(session, "job.resumed", job, now=now)
         move(session, job, Verb.RESUME, now=now, message="The job was resumed.")
@@ -194,11 +184,7 @@ def _is_prepared(session: Session, job: Job) -> bool:
 
 
 def _already_final(job: Job) -> Conflict:
-    return Conflict(
-        f"Job {job.id} has already finished. Its state is {job.state}.",
-        code="job_already_final",
-        remedy="To train again, create a new job: a finished job can't be changed.",
-    )
+    return Conflict("job_already_final", job=job.id, state=job.state)
 
 
 def label_digests(metadata: Mapping[str, str], tags: Sequence[str]) -> list[str]:

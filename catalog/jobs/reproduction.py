@@ -98,11 +98,7 @@ def accept_reproduction(session: Session, caller: Caller, reproduction: Reproduc
     request = reproduction.request.model_copy(update={"priority": priority.name})
     accepted = accept(session, caller, request, now=now, seed=spec.seed, fleet_defaults=FleetDefaults.of(spec))
     if accepted.base.digest != reproduction.base_digest:
-        raise Conflict(
-            f"Base model {accepted.base.name!r} changed while the request was being checked.",
-            code="model_changed",
-            remedy="Send the request again.",
-        )
+        raise Conflict("model_changed", base=accepted.base.name)
     if accepted.spec != spec:
         raise _not_reproducible(reproduction, jobs_from_plans.difference(accepted.spec, spec))
     return replace(accepted, cautions=())  # they were events of the first job
@@ -111,20 +107,10 @@ def accept_reproduction(session: Session, caller: Caller, reproduction: Reproduc
 def _check_record(view: AdapterView) -> None:
     adapter = view.adapter
     if checkpoints.step_of(adapter) is not None:
-        raise InvalidRequest(
-            f"{adapter.name!r} is a checkpoint, and only the final adapter of a job can be reproduced.",
-            code="checkpoint_not_reproducible",
-            remedy="Use the adapter of its job: `lorry jobs show JOB` shows its name.",
-            param="adapter",
-        )
+        raise InvalidRequest("checkpoint_not_reproducible", adapter=adapter.name, param="adapter")
     manifest = Manifest.from_rows(view.artifact.kind, view.artifact.files)
     if problems := lineage.verify(adapter.lineage, adapter.lineage_id, manifest):
-        raise Conflict(
-            f"The lineage record of adapter {adapter.name!r} can't be trusted. {problems[0]}",
-            code="lineage_damaged",
-            remedy="Restore the database from a backup. `lorry adapters verify` lists all problems.",
-            param="adapter",
-        )
+        raise Conflict("lineage_damaged", adapter=adapter.name, problems=problems[0], param="adapter")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,11 +133,7 @@ def _inputs(session: Session, caller: Caller, adapter: Adapter, spec: JobSpec) -
     missing += [_named_file(source) for source in record["data"] if found[source["role"]] is None]
     if missing or base is None:
         raise MissingInputs(
-            f"Adapter {adapter.name!r} can't be reproduced, because inputs are missing: {listed(missing)}.",
-            code="reproduction_inputs_missing",
-            remedy="Upload a missing file again, unchanged. Ask an operator to add a missing base model again. Both are"
-            " found by digest, whatever their names. Then send the request again.",
-            param="adapter",
+            "reproduction_inputs_missing", adapter=adapter.name, missing=listed(missing), param="adapter"
         )
     return _Inputs(
         base=base,
@@ -213,9 +195,4 @@ def _request(recorded: Mapping[str, Any], spec: JobSpec, inputs: _Inputs) -> Job
 
 
 def _not_reproducible(adapter: Adapter | Reproduction, reason: str) -> Conflict:
-    return Conflict(
-        f"Adapter {adapter.name!r} can't be reproduced: {reason}.",
-        code="not_reproducible",
-        remedy="Use the version of Lorry that trained the adapter. `lorry adapters lineage` shows it.",
-        param="adapter",
-    )
+    return Conflict("not_reproducible", adapter=adapter.name, reason=reason, param="adapter")

@@ -95,21 +95,16 @@ def made_before(
 def check_idempotency_key(key: str | None) -> None:
     if key is not None and not 1 <= len(key) <= MAX_KEY_CHARS:
         raise InvalidRequest(
-            f"The Idempotency-Key header has {len(key)} characters, but must have 1 to {MAX_KEY_CHARS}.",
-            code="invalid_idempotency_key",
-            remedy="Use a shorter unique value, such as a UUID." if key else "Use a unique value, such as a UUID.",
+            "idempotency_key_too_long" if key else "idempotency_key_empty",
+            num_key=len(key),
+            max_key_chars=MAX_KEY_CHARS,
             param="Idempotency-Key",
         )
 
 
 def key_reused(key: str, made: str) -> Conflict:
     """Return the error. `made`: what the earlier request created, for example "job ftjob-1"."""
-    return Conflict(
-        f"The Idempotency-Key {key!r} was already used to create {made}, with a different request body.",
-        code="idempotency_key_reused",
-        remedy="Use a new key, or send the same body again.",
-        param="Idempotency-Key",
-    )
+    return Conflict("idempotency_key_reused", key=key, made=made, param="Idempotency-Key")
 
 
 def _same_submission(

@@ -8,6 +8,7 @@ from itertools import takewhile
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from catalog.error_texts import ErrorText
 from catalog.lifecycle import failures
 from catalog.lifecycle.transitions import move
 from catalog.lifecycle.trials import ended_for
@@ -21,17 +22,6 @@ from catalog.usage import ledger
 BACK_OFF_SECONDS = (2.0, 8.0, 30.0)
 """Waits before the next attempt by the number of failed attempts so far. The last value also applies to later ones."""
 BAD = reasons(lambda ending: ending.is_bad)
-AGAIN = "resubmit the job, or start a new job from its newest checkpoint"
-REMEDIES: dict[EndReason, str] = {
-    EndReason.CUDA_OOM: f"Lower max_length, the batch size or the rank, or use a larger GPU. Then {AGAIN}.",
-    EndReason.HOST_OOM: f"Lower max_length, use smaller files, or use a machine with more memory. Then {AGAIN}.",
-    EndReason.SHARDED_OOM: f"Lower max_length or the rank, or use a group of more or larger GPUs. Then {AGAIN}.",
-    EndReason.TRAINER_CRASHED: f"Check the job's logs for the cause and report it to the operator. Then {AGAIN}.",
-    EndReason.TIMEOUT: f"Report the job's logs, which show where the trainer hung, to the operator. Then {AGAIN}.",
-    EndReason.NODE_FAILED: f"Report the worker, which is at fault, to the operator. Then {AGAIN}.",
-    EndReason.INFRA_LOST: f"Ask the operator why workers are lost. Then {AGAIN}.",
-}
-"""Remedies for the owner of a quarantined job by its last end reason. Covers each reason that can quarantine a job."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,8 +169,7 @@ def close_attempt(session: Session, job: Job, *, reason: EndReason, detail: str 
 
 
 def _failed(reason: EndReason, detail: str, error: Json | None) -> Json:
-    fallback: Json = {"code": reason.value, "message": detail, "param": None}
-    return {**fallback, **(error or {})}
+    return {**ErrorText.of(reason.value, detail=detail).as_job_error(), **(error or {})}
 
 
 def _quarantined(
@@ -202,19 +191,15 @@ def _quarantined(
         }
         for a in attempts
     ]
-    message = (
-        f"The job was quarantined after {number} failed attempts without a new checkpoint. "
-        f"Last failure: {reason.value.replace('_', ' ')}."
-    )
     is_smallest = job.counted_attempts >= MAX_COUNTED_ATTEMPTS and failures.num_out_of_memory_at_end(
         session, job, reason
     )
     tried = failures.out_of_memory_text(session, job) if is_smallest else ""
-    remedy = REMEDIES[reason]
+    name = f"quarantined_after_{reason.value}"
     if error is not None and reason is EndReason.INFRA_LOST:
-        remedy = "" if error.get("code") == DAMAGED else f"Then {AGAIN}."
-    text = " ".join(part for part in (message, detail, tried, remedy) if part)
-    return {"code": "quarantined", "message": text, "param": None, "evidence": evidence}
+        name = "quarantined_with_damaged_file" if error.get("code") == DAMAGED else "quarantined_after_known_error"
+    text = ErrorText.of(name, num_attempts=number, detail=f"{detail} {tried}".strip())
+    return {**text.as_job_error(), "evidence": evidence}
 
 
 def _message(job: Job, verdict: AttemptOutcome, reason: EndReason, detail: str, *, is_loss: bool) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from sqlalchemy.orm import Session
 
 from catalog.db.database import Database, read_clock
+from catalog.error_texts import ErrorText
 from catalog.history import events
 from catalog.lifecycle import queue_position
 from catalog.lifecycle.transitions import move
@@ -50,9 +51,7 @@ def begin(db: Database, task: TaskClaim, *, worker_id: str) -> tuple[Job, FilesT
     with db.write() as session:
         job = task_queue.hold(session, task, Job)
         if task.is_exhausted:
-            message = lost(task.num_attempts - 1)
-            error = {"code": "preparation_lost", "message": message, "param": "training_file"}
-            _fail(session, job, error, reason=EndReason.INFRA_LOST)
+            _fail(session, job, lost(task.num_attempts - 1).as_job_error(), reason=EndReason.INFRA_LOST)
             return None
         job.worker_id, job.run_after = worker_id, None
         return job, FilesToPrepare(
@@ -79,7 +78,9 @@ def finish(db: Database, task: TaskClaim, *, num_steps: int, longest_example: in
         spec = JobSpec.model_validate(job.spec)
         if evaluation_schedule.decide(spec) and evaluation_schedule.interval_is_too_long(spec, num_steps):
             # Fewer rows are usable than estimated at submission, which would have rejected the job otherwise.
-            events.add(session, job.id, now=now, level="warn", message=evaluation_schedule.too_late(spec, num_steps))
+            events.add(
+                session, job.id, now=now, level="warn", message=evaluation_schedule.too_late(spec, num_steps).message
+            )
         cache = session.get(Prepared, job.train_prepared)
         usable_rows = cache.report.get("usable_rows") if cache else None
         if (few := job_warnings.few_steps(spec, num_steps, usable_rows=usable_rows)) is not None:
@@ -121,11 +122,8 @@ def retry(db: Database, task: TaskClaim, *, error: Json) -> None:
             _fail(session, job, {**error, "message": message}, reason=EndReason.INFRA_LOST)
 
 
-def lost(number: int) -> str:
-    return (
-        f"Tokenization of the files failed {number} times. The last time, its worker was lost. Once the workers run "
-        "normally, create the job or plan again."
-    )
+def lost(number: int) -> ErrorText:
+    return ErrorText.of("preparation_lost", num_attempts=number, param="training_file")
 
 
 def _note_retry(session: Session, job: Job, detail: str, *, run_after: float | None) -> None:

@@ -101,22 +101,11 @@ def _check_target(job_id: str, target: MoveTarget) -> None:
     names = [name for name in ("before", "after", "to") if getattr(target, name) is not None]
     if len(names) != 1:
         found = " and ".join(map(repr, names)) if len(names) < 3 else "all of them"
-        raise InvalidRequest(
-            f"A move requires exactly one of 'before', 'after' and 'to', but {found} are set."
-            if names
-            else "A move requires exactly one of 'before', 'after' and 'to', but none of them is set.",
-            code="invalid_place",
-            remedy="Set either 'before' or 'after' to the ID of another waiting job, or 'to' to 'first' or 'last', and "
-            "omit the other fields.",
-            param=names[-1] if names else None,
-        )
+        if names:
+            raise InvalidRequest("several_queue_places", found=found, param=names[-1] if names else None)
+        raise InvalidRequest("no_queue_place", param=names[-1] if names else None)
     if job_id in (target.before, target.after):
-        raise InvalidRequest(
-            f"Job {job_id} can't be moved next to itself.",
-            code="invalid_place",
-            remedy=f"Set {_field(target)!r} to the ID of another waiting job.",
-            param=_field(target),
-        )
+        raise InvalidRequest("queue_place_next_to_itself", job_id=job_id, field=_field(target), param=_field(target))
 
 
 def _note(session: Session, type: AuditType, job: Job, *, now: float, message: str) -> None:  # noqa: A002
@@ -168,38 +157,21 @@ def _others(job: Job) -> tuple[ColumnElement[bool], ...]:
 def _check_waits(job: Job, done: Literal["held", "released", "moved"]) -> None:
     if job.state in WAITING:
         return
-    current = _current(job)
-    raise Conflict(
-        f"Job {job.id} {current}, so it can't be {done}.",
-        code="job_not_waiting",
-        remedy="To train again, create a new job." if job.state in FINAL_STATES else _instead(job, done),
-    )
-
-
-def _instead(job: Job, done: Literal["held", "released", "moved"]) -> str:
-    """Return what to do with a running or paused job instead of an action for waiting jobs."""
-    if job.state == JobState.PAUSED:
-        if done == "held":
-            return "No action is needed: a paused job does not start until it is resumed."
-        then = "" if done == "released" else ", then move it"
-        return f"Resume the job{then}: `lorry jobs resume {job.id}`."
-    if done == "held":
-        return f"Pause the job instead: `lorry jobs pause {job.id}`."
-    return "No action is needed: the job is already training."
+    name = f"running_job_not_{done}"
+    if job.state in FINAL_STATES:
+        name = "finished_job_not_waiting"
+    elif job.state == JobState.PAUSED:
+        name = f"paused_job_not_{done}"
+    raise Conflict(name, job=job.id, current=_current(job), done=done)
 
 
 def _check_alike(job: Job, other: Job, *, param: str) -> None:
     if other.state in WAITING and other.priority == job.priority:
         return
     current, priority, own = _current(other), PriorityClass(other.priority).name, PriorityClass(job.priority).name
-    raise Conflict(
-        f"Job {other.id} has priority {priority!r}, but job {job.id} has priority {own!r}."
-        if other.state in WAITING
-        else f"Job {other.id} {current}, so other jobs can't be moved next to it.",
-        code="not_in_same_queue",
-        remedy=f"Choose a waiting job in this project with priority {own!r}, the priority of job {job.id}.",
-        param=param,
-    )
+    if other.state in WAITING:
+        raise Conflict("other_priority_in_queue", other=other.id, priority=priority, job=job.id, own=own, param=param)
+    raise Conflict("other_job_not_in_queue", other=other.id, current=current, own=own, job=job.id, param=param)
 
 
 def _current(job: Job) -> str:

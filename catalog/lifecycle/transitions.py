@@ -63,12 +63,14 @@ def move(
     before = JobState(job.state)
     after = next_state(before, verb)
     if after is None:
+        if before in FINAL_STATES:
+            raise Conflict("finished_job_unchangeable", action=verb.value.replace("_", " "), job=job.id, before=before)
         raise Conflict(
-            f"The action '{verb.value.replace('_', ' ')}' is not allowed for job {job.id}, whose state is '{before}'.",
-            code="invalid_transition",
-            remedy="To train again, create a new job: a finished job can't be changed."
-            if before in FINAL_STATES
-            else f"Use an action that is allowed in this state: {_allowed(before)}.",
+            "invalid_transition",
+            action=verb.value.replace("_", " "),
+            job=job.id,
+            before=before,
+            allowed=_allowed(before),
         )
     job.state = after
     job.is_held = job.is_held and after in (JobState.VALIDATING_FILES, JobState.QUEUED)

@@ -6,6 +6,7 @@ from sqlalchemy.orm import Session
 
 from catalog.admission.target_layers import retried
 from catalog.db.database import Database, read_clock, upsert
+from catalog.error_texts import ErrorText
 from catalog.errors import StaleClaim
 from catalog.lifecycle.preparation import FilesToPrepare, lost
 from catalog.plans import plans
@@ -91,16 +92,13 @@ def fail(db: Database, task: TaskClaim, *, error: Json) -> None:
 def _hindrance(session: Session, plan: Plan, task: TaskClaim) -> Json | None:
     """The error of a plan that can no longer be computed, or None."""
     if task.is_exhausted:
-        return {"code": "preparation_lost", "message": lost(task.num_attempts - 1), "param": "training_file"}
+        return lost(task.num_attempts - 1).as_job_error()
     base = session.get_one(BaseModelRow, plan.base_model)
     if base.state == "deleted":
-        message = f"Base model {base.name!r} was deleted. Create a new plan with another base model."
-        return {"code": "base_changed", "message": message, "param": "model"}
+        return ErrorText.of("plan_base_deleted", base=base.name, param="model").as_job_error()
     if base.state != "ready" or base.digest != plan.base_digest:
-        message = f"Base model {base.name!r} was changed after the plan was created. Create a new plan."
-        return {"code": "base_changed", "message": message, "param": "model"}
+        return ErrorText.of("plan_base_changed", base=base.name, param="model").as_job_error()
     for file_id, param in ((plan.training_file, "training_file"), (plan.validation_file, "validation_file")):
         if file_id is not None and session.get_one(File, file_id).deleted_at is not None:
-            message = f"File {file_id} was deleted. Upload it again, and create a new plan with the new file's ID."
-            return {"code": "file_not_found", "message": message, "param": param}
+            return ErrorText.of("plan_file_deleted", file=file_id, param=param).as_job_error()
     return None

@@ -14,6 +14,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from catalog.admission.accept import Accepted
+from catalog.error_texts import ErrorText
 from catalog.fleet import gangs, views
 from catalog.plans import duration
 from catalog.plans.duration import ExpectedStart, Measured, Occupied, Overheads, Runner
@@ -30,7 +31,6 @@ from catalog.serving import servability
 from catalog.settings import Settings
 from catalog.spec import job_warnings
 from catalog.spec.job import AUTO_LENGTH, MAX_LENGTH, JobSpec
-from catalog.spec.job_warnings import Caution
 from catalog.spec.target_modules import Adapted
 from catalog.states import EndReason, JobState, PriorityClass
 from catalog.tables.fleet import Trainer, Worker, is_live
@@ -134,7 +134,7 @@ def estimate_plan(
 
 def _cautions(
     accepted: Accepted, data: TokenizedData, targets: list[Adapted], *, job: Job, num_steps: int
-) -> Iterator[Caution]:
+) -> Iterator[ErrorText]:
     spec = accepted.spec
     most_tokens = min((accepted.base.description or {}).get("max_positions") or AUTO_LENGTH, MAX_LENGTH)
     yield from job_warnings.of_course(
@@ -248,24 +248,19 @@ def _device(row: Worker) -> str:
     return str(next((device.get("name") for device in row.devices if device.get("name")), "a device"))
 
 
-def _fits_nowhere(groups: Mapping[str, DeviceGroup], sizes: _Sizes, spec: JobSpec) -> Caution:
+def _fits_nowhere(groups: Mapping[str, DeviceGroup], sizes: _Sizes, spec: JobSpec) -> ErrorText:
     found = [(group, sizes.demand(group.kind)) for group in groups.values()]
     message = sharding.explain_misfit(found, sizes.hindrance)
     assert message is not None, "the caller has checked that no worker fits"
     would_fit = sharding.would_fit(sizes.demand("cuda"))
     fits = sharding.would_fit_sentence(would_fit)
-    needs_less = "lower lora.rank, set quantization to 'nf4', or use a smaller base model"
+    less = "with_less"
     if spec.parent is not None:  # the job inherits its rank and its quantization
-        needs_less = "train without a parent adapter, on a smaller base model"
+        less = "without_parent"
     elif spec.quantization != "none" or spec.lora.use_dora or spec.lora.begins_with_the_base:
-        needs_less = "lower lora.rank, or use a smaller base model"
-    return Caution(
-        code="fits_no_worker",
-        message=message,
-        remedy=f"{fits} Add such a worker. Or {needs_less}."
-        if would_fit
-        else f"{fits} {needs_less[0].upper()}{needs_less[1:]}.",
-    )
+        less = "with_lower_rank"
+    name = f"fits_larger_worker_or_{less}" if would_fit else f"fits_no_worker_but_{less}"
+    return ErrorText.of(name, explanation=message, fits=fits)
 
 
 def _devices(sizes: _Sizes, groups: Mapping[str, DeviceGroup], fitting: Sequence[Worker]) -> Json:

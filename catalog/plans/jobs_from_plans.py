@@ -20,7 +20,6 @@ from catalog.tenancy.authentication import Caller
 
 WHOLE = frozenset({"metadata", "lora.rank_pattern", "lora.alpha_pattern", "evaluation.samples"})
 """Fields whose value is an object and is compared as a whole."""
-PLAN_AGAIN = "Create a new plan with POST /v1/plans, and check its results before you create the job."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,12 +49,7 @@ def accept_planned(session: Session, caller: Caller, agreed: AgreedPlan, *, now:
     plan = plans.find(session, project_id=caller.project_id, plan_id=agreed.plan)
     request, spec = agreed.request, agreed.spec
     if plan.state == "failed":
-        raise Conflict(
-            f"Plan {plan.id} failed: {(plan.error or {}).get('message', '')}".strip(),
-            code="plan_failed",
-            remedy="Correct the problem, and create the job from a new plan.",
-            param="plan",
-        )
+        raise Conflict("plan_failed", plan=plan.id, error=(plan.error or {}).get("message", "unknown."), param="plan")
     accepted = accept(session, caller, request, now=now, seed=spec.seed, fleet_defaults=FleetDefaults.of(spec))
     if accepted.base.digest != plan.base_digest:
         raise _outdated(plan, f"base model {plan.base_model!r} has changed since the plan was created")
@@ -82,9 +76,11 @@ def _check_agrees(body: PlannedJob, plan: Plan, request: JobRequest, spec: JobSp
         is_unset = path == "seed" and value is None and request.seed is None
         if not is_unset and (path not in planned or planned[path] != value):
             raise Conflict(
-                f"{path} is {value_text(value)}, but {value_text(value_at(whole, path))} in plan {plan.id}.",
-                code="differs_from_plan",
-                remedy=f"Omit {path}, or create a new plan with this value. A job can't differ from its plan.",
+                "differs_from_plan",
+                path=path,
+                given=value_text(value),
+                planned=value_text(value_at(whole, path)),
+                plan=plan.id,
                 param=path,
             )
 
@@ -100,4 +96,4 @@ def _leaves(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _outdated(plan: Plan, why: str) -> Conflict:
-    return Conflict(f"Plan {plan.id} is out of date: {why}.", code="plan_outdated", remedy=PLAN_AGAIN, param="plan")
+    return Conflict("plan_outdated", plan=plan.id, why=why, param="plan")

@@ -16,6 +16,7 @@ from catalog.admission.accept import Accepted, accept, find_cautions, job_row, r
 from catalog.admission.target_layers import Targets, retried
 from catalog.db.database import Database, read_clock, serialize
 from catalog.db.pagination import Page, paginate
+from catalog.error_texts import ErrorText
 from catalog.errors import Conflict, Forbidden, NotFound
 from catalog.plans.estimator import TokenizedData, estimate_plan
 from catalog.settings import Settings
@@ -113,12 +114,7 @@ def find(session: Session, *, project_id: str, plan_id: str, lock: bool = False)
     owned = select(Plan).where(Plan.id == plan_id, Plan.project_id == project_id)
     plan = session.scalar(owned.with_for_update(of=Plan) if lock else owned)
     if plan is None or plan.expires_at <= read_clock(session):
-        days = f"{PLAN_SECONDS / 86400:.0f} days"
-        remedy = (
-            "Check the ID, and that the API key belongs to the project that owns the plan. Plans expire after "
-            f"{days}: then create a new one with POST /v1/plans."
-        )
-        raise NotFound("plan", plan_id, param="plan", remedy=remedy)
+        raise NotFound("plan_not_found", plan_id=plan_id, plan_seconds=PLAN_SECONDS / 86400, param="plan")
     return plan
 
 
@@ -192,23 +188,13 @@ def _row(accepted: Accepted, caller: Caller, *, now: float) -> Plan:
 
 def _check_scope(caller: Caller) -> None:
     if "jobs:write" not in caller.scopes:
-        raise Forbidden(
-            f"API key {caller.name!r} lacks the scope jobs:write, which this plan requires because a worker must "
-            "prepare its files.",
-            code="missing_scope",
-            remedy="Use an API key with the scope jobs:write. With jobs:read, you can plan only with files that are "
-            "already prepared.",
-        )
+        raise Forbidden("missing_scope_for_plan", caller=caller.name)
 
 
 def _check_num_plans(session: Session, project_id: str) -> None:
     waiting = select(func.count()).where(Plan.state == "computing", Plan.project_id == project_id)
     if (session.scalar(waiting) or 0) >= MAX_COMPUTING:
-        raise Conflict(
-            f"The project has reached its limit of {MAX_COMPUTING} plans that are being computed.",
-            code="too_many_plans",
-            remedy="Wait until one is ready, or delete one with DELETE /v1/plans/ID. GET /v1/plans lists them.",
-        )
+        raise Conflict("too_many_plans", max_computing=MAX_COMPUTING)
 
 
 def _refusal(session: Session, key: str | None, param: str) -> Json | None:
@@ -216,8 +202,7 @@ def _refusal(session: Session, key: str | None, param: str) -> Json | None:
     row = session.get(Prepared, key) if key else None
     if row is None or "refusal" not in row.report:
         return None
-    refusal = row.report["refusal"]
-    return {"code": refusal["code"], "message": f"{refusal['message']} {refusal['remedy']}", "param": param}
+    return ErrorText(**row.report["refusal"], param=param).as_job_error()
 
 
 def _data(session: Session, plan: Plan) -> TokenizedData | None:

@@ -35,9 +35,6 @@ MODEL_COLUMNS = (
     Adapter.base_model,
     Adapter.artifact,
 )
-OF_OPENAI = "OpenAI's fine-tuned models can't be used here: create a job with the same file."
-LIST_THEM = "Choose an adapter from `lorry adapters list`, or a shared one from `lorry adapters list --shared`."
-LIST_CHECKPOINTS = "Choose a checkpoint from `lorry jobs checkpoints JOB`."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -169,25 +166,14 @@ def find(session: Session, project_id: str, name: str, *, locked: bool = False, 
         is_visible = permissions.may_read_checkpoint(project_id)
         checkpoint = checkpoints.row(session, is_visible, name, locked=locked)
         if checkpoint is None:
-            raise NotFound(
-                "checkpoint",
-                name,
-                message=f"No checkpoint with the name or ID {name!r}.",
-                param=param,
-                remedy="Choose a checkpoint from `lorry jobs checkpoints JOB` or, if another project shares it with "
-                "yours, from GET /v1/models.",
-            )
+            raise NotFound("checkpoint_not_found", name=name, param=param)
         return checkpoints.as_adapter(session, checkpoint, reader=project_id, param=param)
     named = select(Adapter).where(or_(Adapter.id == name, Adapter.name == name), Adapter.deleted_at.is_(None))
     readable = named.where(permissions.may_read_adapter(project_id))
     adapter = session.scalar(readable.with_for_update(read=True) if locked else readable)
     if adapter is None:
         raise NotFound(
-            "adapter",
-            name,
-            message=f"No adapter with the name or ID {name!r}.",
-            param=param,
-            remedy=f"{OF_OPENAI} {LIST_THEM}" if _is_of_openai(session, name) else LIST_THEM,
+            "openai_adapter_not_found" if _is_of_openai(session, name) else "adapter_not_found", name=name, param=param
         )
     return adapter
 
@@ -224,19 +210,12 @@ def _named(session: Session, project_id: str, name: str, param: str) -> str:
 def _no_best_adapter(sweep: Sweep | None, name: str, param: str) -> NotFound:
     """Return the error for a sweep without a best adapter. `sweep`: None if the project has no such sweep."""
     if sweep is None:
-        message = f"No sweep with the ID {name!r}."
-        remedy = "Check the sweep's ID, and that the API key belongs to the project that owns the sweep."
-        return NotFound("adapter", name, message=message, remedy=remedy, param=param)
+        return NotFound("sweep_of_adapter_not_found", name=name, param=param)
     if sweep.finished_at is None:
-        message = f"Sweep {sweep.id} has not finished, so it has no best adapter yet."
-        remedy = f"Wait until the sweep finishes: `lorry sweeps show {sweep.id}` shows its state."
-        return NotFound("adapter", name, message=message, remedy=remedy, param=param)
+        return NotFound("best_adapter_of_running_sweep", sweep=sweep.id, param=param)
     if sweep.best_job is None:
-        message = f"Sweep {sweep.id} finished without a successful trial, so it has no best adapter."
-        remedy = f"Use another adapter. To see how the trials ended, run `lorry sweeps show {sweep.id}`."
-        return NotFound("adapter", name, message=message, remedy=remedy, param=param)
-    message = f"The best adapter of sweep {sweep.id} was deleted."
-    return NotFound("adapter", name, message=message, remedy=LIST_THEM, param=param)
+        return NotFound("best_adapter_of_failed_sweep", sweep=sweep.id, param=param)
+    return NotFound("best_adapter_deleted", sweep=sweep.id, param=param)
 
 
 def _own(session: Session, project_id: str, name: str, *, param: str, include_deleted: bool = False) -> Adapter:
@@ -247,26 +226,20 @@ def _own(session: Session, project_id: str, name: str, *, param: str, include_de
         own_adapters = own_adapters.where(Adapter.deleted_at.is_(None))
     adapter = session.scalar(own_adapters.with_for_update())
     if adapter is None:
-        remedy = (
-            "Choose an adapter from `lorry adapters list`. A shared adapter can be deleted only by its own project."
-        )
-        raise NotFound("adapter", name, message=f"No adapter with the name or ID {name!r}.", param=param, remedy=remedy)
+        raise NotFound("own_adapter_not_found", name=name, param=param)
     return adapter
 
 
 def _delete_checkpoint(session: Session, project_id: str, name: str, *, is_client_retry: bool, param: str) -> Adapter:
     checkpoint = checkpoints.row(session, Job.project_id == project_id, name, locked=True)
     if checkpoint is None:
-        remedy = f"{LIST_CHECKPOINTS} A shared checkpoint can be deleted only by its own project."
-        raise NotFound(
-            "checkpoint", name, message=f"No checkpoint with the name or ID {name!r}.", param=param, remedy=remedy
-        )
+        raise NotFound("own_checkpoint_not_found", name=name, param=param)
     try:
         adapter = checkpoints.as_adapter(session, checkpoint, reader=project_id)
     except NoLongerKept as error:
         if is_client_retry:
             return Adapter(id=checkpoint.id, name=checkpoint.name)
-        raise NoLongerKept("checkpoint", name, remedy="No action is needed.", param=param) from error
+        raise NoLongerKept("checkpoint_expired", name=name, param=param) from error
     checkpoints.delete(session, checkpoint, param=param)
     export_rows.remove_all(session, checkpoint.id, now=read_clock(session))
     return _note_deleted(session, adapter)

@@ -14,6 +14,7 @@ from catalog.audit import log
 from catalog.audit.log import AuditType
 from catalog.datasets.chat_templates import TEMPLATES
 from catalog.db.database import Database, get_once, read_clock, serialize
+from catalog.error_texts import ErrorText
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.spec.strict import LABEL, label_fault
 from catalog.states import UNFINISHED_STATES
@@ -68,15 +69,27 @@ def add(
             row.error = None
             _begin(session, row, wanted)
         elif is_another:
-            revision_text = f"the revision {row.revision!r}" if row.revision else "no revision"
-            template_text = "the source's own" if row.chat_template is None else "a given"
-            raise Conflict(
-                f"Base model {name!r} already exists, with the kind {row.kind!r}, the source {row.source!r}, "
-                f"{revision_text} and {template_text} chat template.",
-                code="model_exists",
-                remedy=f"Choose another name, or delete the existing model first: `lorry models delete {name}`.",
-                param="name",
-            )
+            if row.revision:
+                if row.chat_template is None:
+                    raise Conflict(
+                        "model_revision_exists",
+                        name=name,
+                        kind=row.kind,
+                        source=row.source,
+                        revision=row.revision,
+                        param="name",
+                    )
+                raise Conflict(
+                    "model_revision_with_template_exists",
+                    name=name,
+                    kind=row.kind,
+                    source=row.source,
+                    revision=row.revision,
+                    param="name",
+                )
+            if row.chat_template is None:
+                raise Conflict("model_exists", name=name, kind=row.kind, source=row.source, param="name")
+            raise Conflict("model_with_template_exists", name=name, kind=row.kind, source=row.source, param="name")
         elif row.state == "failed":
             row.state, row.error = "importing", None
         else:
@@ -108,13 +121,7 @@ def delete(db: Database, name: str, *, is_client_retry: bool = False) -> None:
         users = users.where(Job.base_model == name, Job.state.in_(UNFINISHED_STATES))
         user = session.execute(users.limit(1)).first()
         if user is not None:
-            raise Conflict(
-                f"Base model {name!r} is in use by job {user[0]} (project {user[1]!r}), which has not finished.",
-                code="model_in_use",
-                remedy="Wait until all jobs that use the model finish, or cancel them with a key from their project, "
-                "then delete the model.",
-                param="model",
-            )
+            raise Conflict("model_in_use_by_job", name=name, user=user[0], project=user[1], param="model")
         _refuse_exports(session, name)
         _note(session, "model.deleted", name, details={"digest": row.digest})
         row.state = "deleted"
@@ -128,13 +135,7 @@ def _refuse_exports(session: Session, name: str) -> None:
     users = users.where(AdapterExport.base_model == name, AdapterExport.format != "adapter")
     user = session.execute(users.where(AdapterExport.status.in_(UNFINISHED_EXPORTS)).limit(1)).first()
     if user is not None:
-        raise Conflict(
-            f"Base model {name!r} is in use by export {user[0]} (project {user[1]!r}), which has not finished.",
-            code="model_in_use",
-            remedy="Wait until all exports that use the model finish, or cancel them with a key from their project, "
-            "then delete the model.",
-            param="model",
-        )
+        raise Conflict("model_in_use_by_export", name=name, user=user[0], project=user[1], param="model")
 
 
 def deleted(db: Database, digests: Collection[str]) -> set[str]:
@@ -178,29 +179,25 @@ def find(session: Session, name: str, *, lock: Literal["share", "update"] | None
     """Like `get`, within a transaction. lock: "share" prevents its deletion until the transaction ends."""
     row = get_once(session, BaseModelRow, name, lock=lock)
     if row is None or row.state == "deleted":
-        message = f"No base model with the name {name!r}."
-        raise NotFound("model", name, message=message, param="model", remedy=_known(session, name))
+        raise _unknown(session, name)
     return row
 
 
-def _known(session: Session, wanted: str) -> str:
-    """The remedy for an unknown name. Lists the usable base models, and how an operator adds one under the name.
+def _unknown(session: Session, wanted: str) -> NotFound:
+    """Return the error for an unknown name, with the usable base models, and how an operator adds one under the name.
 
     A name with a slash is taken for a hub id.
     """
     usable = select(BaseModelRow).where(BaseModelRow.state.in_(("ready", "importing"))).order_by(BaseModelRow.name)
     known = [row.name if row.state == "ready" else f"{row.name} (importing)" for row in session.scalars(usable)]
-    available = f"Use one of the available base models: {', '.join(known)}." if known else ""
+    values = {"name": wanted, "known": ", ".join(known), "short": wanted.rpartition("/")[2].lower()[:64]}
     if re.fullmatch(r"[\w.-]+/[\w.-]+", wanted):
-        short = wanted.rpartition("/")[2].lower()[:64]
-        command = f"Ask an operator to add it from the Hugging Face Hub: `lorry models add {short} {wanted}`."
-        return f"{command} {available}".rstrip()
-    name = wanted if LABEL.match(wanted) else "NAME"
-    if not available:
-        return f"Ask an operator to add a base model first: `lorry models add {name} SOURCE`."
-    if name != wanted:
-        return available
-    return f"{available} Or ask an operator to add one under this name: `lorry models add {name} SOURCE`."
+        return NotFound("hub_model_not_found" if known else "first_hub_model_not_found", param="model", **values)
+    if not LABEL.match(wanted):
+        return NotFound(
+            "invalid_model_not_found" if known else "first_invalid_model_not_found", param="model", **values
+        )
+    return NotFound("model_not_found" if known else "first_model_not_found", param="model", **values)
 
 
 def begin_import(db: Database, task: TaskClaim) -> BaseModelRow | None:
@@ -213,13 +210,7 @@ def begin_import(db: Database, task: TaskClaim) -> BaseModelRow | None:
         if not task.is_exhausted:
             return row
         row.state = "failed"
-        row.error = {
-            "code": "import_lost",
-            "message": f"The import of base model {row.name!r} failed: {task.num_attempts - 1} workers were lost while "
-            "they made it.",
-            "remedy": "Check the logs of the workers and their free memory and disk space. Then add the same model "
-            "again.",
-        }
+        row.error = ErrorText.of("import_lost", name=row.name, num_workers=task.num_attempts - 1).report()
         task_queue.finish(session, task)
         return None
 
@@ -260,37 +251,20 @@ def _template(given: str) -> str:
     if given in TEMPLATES or "{" in given:
         return TEMPLATES.get(given, given)
     raise InvalidRequest(
-        f"'chat_template' is {given[:80]!r}, which is neither the name nor the text of a chat template.",
-        code="invalid_chat_template",
-        remedy=f"Use {', '.join(TEMPLATES)}, or the text of a Jinja template.",
-        param="chat_template",
+        "invalid_chat_template", given=given[:80], templates=", ".join(TEMPLATES), param="chat_template"
     )
 
 
 def _check(name: str, kind: str, source: str) -> None:
     if not LABEL.match(name):
         fault = label_fault(name)
-        raise InvalidRequest(
-            f"{name[:80]!r} is not a valid base model name: {fault}.",
-            code="invalid_name",
-            remedy="Use up to 64 letters, digits, dots, underscores and hyphens, starting with a letter or digit.",
-            param="name",
-        )
+        raise InvalidRequest("invalid_base_model_name", name=name[:80], fault=fault, param="name")
     if kind not in KINDS:
-        raise InvalidRequest(
-            f"'kind' is {kind!r}, but must be 'hub', 'folder' or 'gguf'.",
-            code="invalid_kind",
-            remedy="Use 'hub' for a Hugging Face ID, 'folder' for a folder with safetensors files, or 'gguf' for a "
-            "single GGUF file.",
-            param="kind",
-        )
+        raise InvalidRequest("invalid_kind", kind=kind, param="kind")
     if not re.fullmatch(SOURCE_PATTERN, source):
         control = re.search(r"[\x00-\x1f\x7f]", source)
+        if control is None:
+            raise InvalidRequest("source_blank", param="source")
         raise InvalidRequest(
-            "'source' is blank."
-            if control is None
-            else f"'source' contains the control character {control[0]!a} at position {control.start() + 1}.",
-            code="invalid_source",
-            remedy="Set 'source' to a Hugging Face ID such as org/name, or to the path of a model folder or GGUF file.",
-            param="source",
+            "source_with_control_character", control=control[0], start=control.start() + 1, param="source"
         )

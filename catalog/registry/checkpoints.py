@@ -23,7 +23,6 @@ from catalog.usage import ledger
 
 MARK = ":ckpt-step-"
 ID_PREFIX = "ftckpt-"
-_KEPT = "The two newest are kept until seven days after the job finishes."
 NOT_VERIFIED: dict[str, Any] = {
     "passed": None,
     "explanation": "Not verified with PEFT: only the final adapter of a job is verified.",
@@ -62,15 +61,9 @@ def as_adapter(
     operator. Raises NoLongerKept."""
     job = session.get_one(Job, checkpoint.job_id)
     if checkpoint.adapter is None or checkpoint.lineage is None:
-        raise NoLongerKept(
-            "checkpoint",
-            checkpoint.name,
-            remedy=f"Use job {job.id}'s final adapter, if any, or a checkpoint that is still kept: `lorry jobs "
-            f"checkpoints {job.id}`. {_KEPT}"
-            if reader in (None, job.project_id)
-            else f"Ask the project that owns the checkpoint to share another model. {_KEPT}",
-            param=param,
-        )
+        if reader in (None, job.project_id):
+            raise NoLongerKept("own_checkpoint_expired", checkpoint=checkpoint.name, job=job.id, param=param)
+        raise NoLongerKept("shared_checkpoint_expired", checkpoint=checkpoint.name, param=param)
     return Adapter(
         id=checkpoint.id,
         name=checkpoint.name,
@@ -170,16 +163,17 @@ def in_use(
     is_one, num_others = len(children) == 1, len(children) - len(own)
     others = ["a job in another project" if num_others == 1 else "jobs in other projects"] if num_others else []
     named = listed([*own[:NUM_NAMED], *(["others"] if len(children) > NUM_NAMED and own else others)])
+    if is_one:
+        text = "used_by_job" if own else "used_by_foreign_job"
+    elif not own:
+        text = "used_by_foreign_jobs"
+    else:
+        text = "used_by_own_and_foreign_jobs" if num_others else "used_by_jobs"
     return Conflict(
-        f"{kind.capitalize()} {name!r} is in use by {named}, which {'has' if is_one else 'have'} not finished.",
-        code="adapter_in_use" if kind == "adapter" else "checkpoint_in_use",
-        remedy=f"Wait until {'that job finishes' if is_one else 'those jobs finish'}, then delete the {kind}."
-        if not own
-        else f"Wait until {named} finishes, or cancel it, then delete the {kind}."
-        if is_one
-        else f"Wait until all of them finish, or cancel them, then delete the {kind}."
-        if not num_others
-        else f"Wait until all of them finish, then delete the {kind}. You can cancel only jobs of your own project.",
+        text,
+        kind=kind,
+        name=name,
+        users=named,
         param=param,
     )
 

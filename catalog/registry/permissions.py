@@ -52,11 +52,7 @@ def grant(db: Database, *, caller: Caller, model: str, projects_named: Sequence[
         for named, reader in zip(projects_named, readers, strict=True):
             if reader.id == shared.project_id:
                 raise InvalidRequest(
-                    f"Project {reader.name!r} owns model {shared.name!r}, so it already has access.",
-                    code="own_model",
-                    remedy="No action is needed for this project. To share the model with other projects, omit "
-                    f"{named!r} from 'project_ids'.",
-                    param="project_ids",
+                    "own_model", reader=reader.name, shared=shared.name, named=named, param="project_ids"
                 )
         now = read_clock(session)
         ids = dict.fromkeys(reader.id for reader in readers)
@@ -90,11 +86,7 @@ def revoke(db: Database, *, model: str, permission_id: str, is_client_retry: boo
             _note(session, "permission.deleted", row, shared, now=read_clock(session))
         elif not is_client_retry:
             raise NotFound(
-                "permission",
-                permission_id,
-                message=f"Model {shared.name!r} has no permission with the ID {permission_id!r}.",
-                param="permission_id",
-                remedy=f"List the model's permissions with `lorry adapters shares {shared.name}`.",
+                "permission_not_found", shared=shared.name, permission_id=permission_id, param="permission_id"
             )
 
 
@@ -119,27 +111,12 @@ def _model(session: Session, name: str, *, locked: bool = False) -> Adapter:
     if checkpoints.is_named(name):
         checkpoint = checkpoints.row(session, true(), name, locked=locked)
         if checkpoint is None:
-            remedy = (
-                "Choose a checkpoint from `lorry jobs checkpoints JOB`, with a key from the project that owns the job."
-            )
-            raise NotFound(
-                "checkpoint",
-                name,
-                message=f"No checkpoint with the name or ID {name!r}.",
-                param="fine_tuned_model",
-                remedy=remedy,
-            )
+            raise NotFound("grantable_checkpoint_not_found", name=name, param="fine_tuned_model")
         return checkpoints.as_adapter(session, checkpoint, param="fine_tuned_model")
     named = select(Adapter).where(or_(Adapter.id == name, Adapter.name == name), Adapter.deleted_at.is_(None))
     adapter = session.scalar(named.with_for_update() if locked else named)
     if adapter is None:
-        raise NotFound(
-            "adapter",
-            name,
-            message=f"No adapter with the name or ID {name!r}.",
-            param="fine_tuned_model",
-            remedy="Choose an adapter from `lorry adapters list`, with a key from the project that owns the adapter.",
-        )
+        raise NotFound("grantable_adapter_not_found", name=name, param="fine_tuned_model")
     return adapter
 
 

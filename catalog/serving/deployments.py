@@ -45,10 +45,13 @@ def deploy(db: Database, *, project_id: str, adapter: str, endpoint: str) -> Dep
         job = session.get_one(Job, found.job_id)
         if found.base_digest != target.base_digest:
             raise Conflict(
-                f"Adapter {found.name!r} belongs to the base model {found.base_model!r} ({found.base_digest[:12]}…), "
-                f"but endpoint {target.name!r} serves {target.base_model!r} ({target.base_digest[:12]}…).",
-                code="other_base_model",
-                remedy="Choose an endpoint of the adapter's base model from `lorry serving list`.",
+                "other_base_model",
+                name=found.name,
+                base_model=found.base_model,
+                base_digest=found.base_digest[:12],
+                target=target.name,
+                served_model=target.base_model,
+                served_digest=target.base_digest[:12],
                 param="endpoint",
             )
         _check_servable(session, job, found, target)
@@ -84,10 +87,7 @@ def _check_number(session: Session, project_id: str, endpoint: ServingEndpoint) 
     own = (Deployment.endpoint_id == endpoint.id, Deployment.project_id == project_id)
     if (session.scalar(select(func.count()).select_from(Deployment).where(*own)) or 0) >= MAX_DEPLOYMENTS:
         raise Conflict(
-            f"The project has reached its limit of {MAX_DEPLOYMENTS} deployments on endpoint {endpoint.name!r}.",
-            code="too_many_deployments",
-            remedy=f"Remove one: `lorry adapters undeploy ADAPTER --from {endpoint.name}`.",
-            param="endpoint",
+            "too_many_deployments", max_deployments=MAX_DEPLOYMENTS, endpoint=endpoint.name, param="endpoint"
         )
 
 
@@ -109,13 +109,7 @@ def undeploy(db: Database, *, project_id: str, adapter: str, endpoint: str, is_c
         if row is None or row.state == "removing":
             if is_client_retry:
                 return "" if row is None else row.id
-            raise NotFound(
-                "deployment",
-                endpoint,
-                message=f"Adapter {found.name!r} is not deployed on endpoint {target.name!r}.",
-                remedy=f"See where it is deployed with `lorry adapters show {found.id}`.",
-                param="endpoint",
-            )
+            raise NotFound("deployment_not_found", name=found.name, target=target.name, id=found.id, param="endpoint")
         row.state = "removing"
         row.updated_at = now = read_clock(session)
         _note(session, row, found, target, "adapter.undeployed", now=now)
@@ -150,20 +144,10 @@ def on_endpoint(db: Database, endpoint_id: str) -> list[DeploymentView]:
 
 def _own(session: Session, project_id: str, name: str) -> Adapter:
     if checkpoints.is_named(name):
-        raise InvalidRequest(
-            f"{name!r} is a checkpoint, which can't be deployed: its files are deleted after some days.",
-            code="checkpoint_not_deployable",
-            remedy="Deploy the adapter of a finished job.",
-            param="adapter",
-        )
+        raise InvalidRequest("checkpoint_not_deployable", name=name, param="adapter")
     found = adapters.find(session, project_id, name, param="adapter")
     if found.project_id != project_id:
-        raise Conflict(
-            f"Adapter {found.name!r} belongs to another project, which shares it with this one.",
-            code="shared_adapter",
-            remedy="Ask that project to deploy it.",
-            param="adapter",
-        )
+        raise Conflict("shared_adapter", name=found.name, param="adapter")
     return found
 
 
@@ -173,12 +157,7 @@ def _check_servable(session: Session, job: Job, adapter: Adapter, target: Servin
     spec = JobSpec.model_validate(job.spec)
     reason = servability.why_not_vllm(spec, architecture=architecture, max_rank=target.max_rank)
     if reason is not None:
-        raise Conflict(
-            f"Endpoint {target.name!r} can't serve adapter {adapter.name!r}.",
-            code="not_servable",
-            remedy=reason,
-            param="endpoint",
-        )
+        raise Conflict("not_servable", endpoint=target.name, adapter=adapter.name, reason=reason, param="endpoint")
 
 
 def _row(session: Session, endpoint_id: str, adapter_id: str) -> Deployment | None:

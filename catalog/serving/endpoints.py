@@ -65,33 +65,17 @@ def register(
         serialize(session, "serving endpoints")
         base = base_models.find(session, new.base_model, lock="share")
         if base.state != "ready" or base.digest is None:
-            raise Conflict(
-                f"Base model {base.name!r} is not ready: its state is {base.state!r}.",
-                code="base_not_ready",
-                remedy=f"Wait until `lorry models show {base.name}` shows the state 'ready', then try again.",
-                param="base_model",
-            )
+            raise Conflict("base_not_ready", base=base.name, state=base.state, param="base_model")
         architecture = (base.description or {}).get("architecture")
         if architecture in servability.VLLM_WITHOUT_LORA:
-            raise Conflict(
-                f"vLLM can't load adapters of {base.name!r}: it does not support LoRA for the architecture "
-                f"{architecture}.",
-                code="not_servable",
-                remedy="Register an endpoint for another base model. Adapters of this one can be merged: "
-                "`lorry adapters export ADAPTER --format merged`.",
-                param="base_model",
-            )
+            raise Conflict("base_model_not_servable", base=base.name, architecture=architecture, param="base_model")
         found = session.scalar(select(ServingEndpoint).where(ServingEndpoint.name == new.name))
         if found is not None:
             if is_client_retry and (found.url, found.adapter_folder) == (url, new.adapter_folder):
                 return found
             raise _name_taken(found)
         if len(session.scalars(select(ServingEndpoint.id)).all()) >= MAX_ENDPOINTS:
-            raise Conflict(
-                f"The service has reached its limit of {MAX_ENDPOINTS} serving endpoints.",
-                code="too_many_serving_endpoints",
-                remedy="Remove an endpoint that you no longer need: `lorry serving remove ENDPOINT`.",
-            )
+            raise Conflict("too_many_serving_endpoints", max_endpoints=MAX_ENDPOINTS)
         now = read_clock(session)
         row = ServingEndpoint(
             id=new_id("endpoint"),
@@ -195,12 +179,7 @@ def api_key(row: ServingEndpoint, *, peppers: list[bytes]) -> str | None:
         return None
     key = sealing.unseal(row.sealed_key, purpose=PURPOSE, row_id=row.id, peppers=peppers)
     if key is None:
-        raise Conflict(
-            f"The API key of serving endpoint {row.name!r} can't be decrypted, because the service's pepper has "
-            "changed.",
-            code="serving_key_lost",
-            remedy="Remove the endpoint and register it again with its API key.",
-        )
+        raise Conflict("serving_key_lost", name=row.name)
     return key
 
 
@@ -226,22 +205,15 @@ def _row(session: Session, name: str, *, lock: bool) -> ServingEndpoint | None:
 def _missing(session: Session, name: str, *, param: str) -> NotFound:
     existing = select(ServingEndpoint.name).where(ServingEndpoint.deleted_at.is_(None)).order_by(ServingEndpoint.name)
     names = list(session.scalars(existing.limit(10)))
-    remedy = (
-        f"Choose one of the endpoints: {', '.join(names)}."
-        if names
-        else "Ask an operator to register one: `lorry serving add`."
-    )
-    message = f"No serving endpoint with the ID or name {name!r}."
-    return NotFound("serving endpoint", name, message=message, remedy=remedy, param=param)
+    if names:
+        return NotFound("serving_endpoint_not_found", name=name, names=", ".join(names), param=param)
+    return NotFound("no_serving_endpoints", name=name, param=param)
 
 
 def _name_taken(row: ServingEndpoint) -> Conflict:
     is_going = row.deleted_at is not None
     return Conflict(
-        f"A serving endpoint named {row.name!r} already exists{' and is being removed' if is_going else ''}.",
-        code="serving_endpoint_exists",
-        remedy="Wait until its adapters are unloaded, or choose another name." if is_going else "Choose another name.",
-        param="name",
+        "serving_endpoint_being_removed" if is_going else "serving_endpoint_exists", name=row.name, param="name"
     )
 
 
@@ -249,19 +221,9 @@ def _checked(new: NewEndpoint) -> str:
     """Return the address without a trailing slash and /v1. Raises InvalidRequest."""
     if not LABEL.fullmatch(new.name) or new.name in (*ENGINES, BUILT_IN) or new.name.startswith("endpoint-"):
         fault = label_fault(new.name) if not LABEL.fullmatch(new.name) else "it has another meaning"
-        raise InvalidRequest(
-            f"{new.name[:80]!r} can't name a serving endpoint, because {fault}.",
-            code="invalid_name",
-            remedy="Use 1 to 64 letters, digits, '.', '_' and '-', such as vllm-1.",
-            param="name",
-        )
+        raise InvalidRequest("invalid_serving_endpoint_name", new=new.name[:80], fault=fault, param="name")
     if not URL.fullmatch(new.url) or any(mark in new.url for mark in "?#@"):
-        raise InvalidRequest(
-            "'url' is not the address of a server.",
-            code="invalid_serving_url",
-            remedy="Use an address such as http://127.0.0.1:8100, without a user name, a query and a fragment.",
-            param="url",
-        )
+        raise InvalidRequest("invalid_serving_url", param="url")
     return new.url.rstrip("/").removesuffix("/v1").rstrip("/")
 
 

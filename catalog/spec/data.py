@@ -36,18 +36,6 @@ class DataOptions(Strict):
 def check_data(data: DataOptions, kind: RowKind, *, file_id: str) -> None:
     """Raises InvalidRequest if the options do not apply to this kind of rows."""
     if data.loss == "last_turn" and kind.name != "chat":
-        raise InvalidRequest(
-            f"data.loss is 'last_turn', which requires chats, but file {file_id} contains {kind.plural}.",
-            code="loss_needs_chat",
-            remedy="Use a file of chats, or omit data.loss: for other rows, the row format determines which tokens "
-            "are trained on.",
-            param="data.loss",
-        )
+        raise InvalidRequest("loss_needs_chat", file_id=file_id, rows=kind.plural, param="data.loss")
     if data.overflow == "split" and kind.name != "text":
-        raise InvalidRequest(
-            f"data.overflow is 'split', which requires plain text, but file {file_id} contains {kind.plural}.",
-            code="split_needs_text",
-            remedy="Set data.overflow to 'truncate' or 'drop'. To keep all tokens, raise max_length or shorten "
-            "the rows.",
-            param="data.overflow",
-        )
+        raise InvalidRequest("split_needs_text", file_id=file_id, rows=kind.plural, param="data.overflow")

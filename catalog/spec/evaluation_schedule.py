@@ -5,15 +5,9 @@ A job is always evaluated at its start and its end.
 
 from __future__ import annotations
 
+from catalog.error_texts import ErrorText
 from catalog.errors import InvalidRequest
 from catalog.spec.job import JobSpec
-
-
-def evaluate_often(num_steps: int) -> str:
-    """Return the remedy for an evaluation interval that is longer than the job."""
-    if num_steps <= 1:
-        return "Omit evaluation.every_steps, or train for more steps (max_steps or n_epochs)."
-    return f"Set evaluation.every_steps to less than {num_steps:,}, or omit it to use an interval that suits the job."
 
 
 def most_steps(spec: JobSpec, num_rows: int) -> int | None:
@@ -40,25 +34,20 @@ def check_in_time(spec: JobSpec, num_steps: int | None) -> None:
     if not decide(spec) or not interval_is_too_long(spec, num_steps):
         return
     assert num_steps is not None
-    field = "evaluation.keep 'best'" if spec.early_stopping is None else "early_stopping"
     raise InvalidRequest(
-        f"{field} requires evaluations during training, but evaluation.every_steps is {spec.evaluation.every_steps} "
-        f"and the job has at most {_steps(num_steps)}.",
-        code="no_evaluation_in_time",
-        remedy=evaluate_often(num_steps),
+        "no_evaluation_in_time" if num_steps > 1 else "no_evaluation_in_one_step",
+        field="evaluation.keep 'best'" if spec.early_stopping is None else "early_stopping",
+        every_steps=spec.evaluation.every_steps or 0,
+        num_steps=num_steps,
         param="evaluation.every_steps",
     )
 
 
-def too_late(spec: JobSpec, num_steps: int) -> str:
+def too_late(spec: JobSpec, num_steps: int) -> ErrorText:
     """Return the warning for a job whose evaluation interval is longer than the job."""
-    sentence = (
-        f"evaluation.every_steps is {spec.evaluation.every_steps}, but the job has at most {_steps(num_steps)}, so "
-        "the validation loss is measured only at the start and at the end"
-    )
-    effect = ". The job will not stop early and will keep its last weights" if decide(spec) else ""
-    return f"{sentence}{effect}."
-
-
-def _steps(number: int) -> str:
-    return "1 step" if number == 1 else f"{number} steps"
+    every_steps = spec.evaluation.every_steps or 0
+    if num_steps <= 1:
+        return ErrorText.of("evaluations_too_late_for_one_step", every_steps=every_steps)
+    if decide(spec):
+        return ErrorText.of("deciding_evaluations_too_late", every_steps=every_steps, num_steps=num_steps)
+    return ErrorText.of("evaluations_too_late", every_steps=every_steps, num_steps=num_steps)

@@ -92,12 +92,7 @@ class Matcher:
                 self._compiled[expression] = regex.compile(expression)
             return self._compiled[expression].fullmatch(path, timeout=self._left) is not None
         except TimeoutError as error:
-            raise InvalidRequest(
-                f"Matching the patterns in {param} takes longer than {MATCH_SECONDS:g} s, the maximum.",
-                code="pattern_too_slow",
-                remedy="Remove nested repetitions such as (a+)+, or use layer names.",
-                param=param,
-            ) from error
+            raise InvalidRequest("pattern_too_slow", field=param, match_seconds=MATCH_SECONDS, param=param) from error
         finally:
             self._left -= time.thread_time() - began
 
@@ -110,12 +105,7 @@ def adapted(description: Description, lora: LoraSpec, *, base_name: str, matcher
     """
     linears = linears_of(description)
     if not linears:
-        raise InvalidRequest(
-            f"Base model {base_name!r} has no linear layers that an adapter can target.",
-            code="no_target_modules",
-            remedy="Choose another base model.",
-            param="model",
-        )
+        raise InvalidRequest("no_target_modules", base_name=base_name, param="model")
     chosen = _in_layers(_targeted(linears, lora, matcher, base_name), lora.layers_to_transform, base_name)
     paths = [linear.path for linear in chosen]
     ranks = _values(paths, lora.rank_pattern, lora.rank, matcher, "lora.rank_pattern")
@@ -137,20 +127,26 @@ def _targeted(linears: list[Linear], lora: LoraSpec, matcher: Matcher, base_name
     if expression is not None:
         found = [linear for linear in linears if matcher.matches(expression, linear.path, "lora.target_modules")]
         if not found:
-            sentence = (
-                f"The regular expression {expression!r} does not match any linear layer of base model {base_name!r}."
+            raise InvalidRequest(
+                "target_expression_without_match",
+                expression=expression,
+                base=base_name,
+                path=linears[-1].path,
+                names=_existing(linears),
+                param="lora.target_modules",
             )
-            path = linears[-1].path
-            remedy = f"Use an expression that matches whole layer paths, such as {path}."
-            raise _unknown(sentence, f"{remedy} {_existing(linears)}")
         return found
     names = [wanted] if isinstance(wanted, str) else wanted
     missing = [name for name in names if not any(_ends(linear.path, name) for linear in linears)]
     if missing:
-        similar = _nearest(missing, sorted({linear.name for linear in linears}))
-        noun = "layer" if len(missing) == 1 else "layers"
-        sentence = f"Base model {base_name!r} has no linear {noun} named {_shortened(missing)}."
-        raise _unknown(sentence, similar + _existing(linears))
+        raise InvalidRequest(
+            "unknown_target_modules",
+            base=base_name,
+            missing=_shortened(missing),
+            nearest=_nearest(missing, sorted({linear.name for linear in linears})),
+            names=_existing(linears),
+            param="lora.target_modules",
+        )
     return [linear for linear in linears if any(_ends(linear.path, name) for name in names)]
 
 
@@ -160,14 +156,16 @@ def _in_layers(linears: list[Linear], layers: list[int] | None, base_name: str) 
     existing = sorted({linear.layer for linear in linears if linear.layer is not None})
     missing = [layer for layer in layers if layer not in existing]
     if missing:
-        noun = "block" if len(missing) == 1 else "blocks"
+        if existing:
+            raise InvalidRequest(
+                "unknown_layers",
+                base_name=base_name,
+                missing=_shortened(missing),
+                span=_span(existing),
+                param="lora.layers_to_transform",
+            )
         raise InvalidRequest(
-            f"Base model {base_name!r} has no targeted linear layers in {noun} {_shortened(missing)}.",
-            code="unknown_layers",
-            remedy=f"Use only {_span(existing)}, or omit lora.layers_to_transform."
-            if existing
-            else "Omit lora.layers_to_transform.",
-            param="lora.layers_to_transform",
+            "no_layers", base_name=base_name, missing=_shortened(missing), param="lora.layers_to_transform"
         )
     return [linear for linear in linears if linear.layer in layers]
 
@@ -187,12 +185,12 @@ def _values(paths: list[str], pattern: Mapping[str, Value], usual: Value, matche
         names = sorted({path.rpartition(".")[2] for path in paths})
         keys = listed([repr(key) for key in unknown])
         raise InvalidRequest(
-            f"The key {keys} in {param} does not match any targeted layer."
-            if len(unknown) == 1
-            else f"The keys {keys} in {param} do not match any targeted layer.",
-            code="unknown_pattern_key",
-            remedy=f"{_nearest(unknown, names)}Use a layer name ({', '.join(names)}) or a layer path such as "
-            f"{paths[-1]} as a key.",
+            "unknown_pattern_key" if len(unknown) == 1 else "unknown_pattern_keys",
+            keys=keys,
+            field=param,
+            nearest=_nearest(unknown, names),
+            names=", ".join(names),
+            paths=paths[-1],
             param=param,
         )
     return values
@@ -203,19 +201,22 @@ def _check_ranks(linears: list[Linear], ranks: list[int], lora: LoraSpec) -> Non
     if not above:
         return
     linear, rank, also = above[0].linear, above[0].rank, other_layers(above)
-    lowest, names = lowest_limit(above), names_of(above)
+    name = "ranks_too_high"
+    if len(above) == 1:
+        name = "rank_too_high"
+    elif any(layer.rank != lora.rank for layer in above):  # lora.rank alone does not determine them
+        name = "pattern_ranks_too_high"
     raise InvalidRequest(
-        f"lora.init_lora_weights {lora.init_lora_weights!r} supports rank {linear.smaller_size} or less on "
-        f"{linear.path} ({linear.out_features} by {linear.in_features}), but the layer's rank is {rank}."
-        f"{also}",
-        code="rank_too_high",
-        remedy=f"Lower the layer's rank to {lowest} or less, in lora.rank or lora.rank_pattern, or omit "
-        "lora.init_lora_weights."
-        if len(above) == 1
-        else f"Set the ranks of {names} to {lowest} or less in lora.rank_pattern, or omit lora.init_lora_weights."
-        if any(layer.rank != lora.rank for layer in above)  # lora.rank alone does not determine them
-        else f"Lower lora.rank to {lowest} or less, set lower ranks for {names} in lora.rank_pattern, or omit "
-        "lora.init_lora_weights.",
+        name,
+        init=str(lora.init_lora_weights),
+        limit=linear.smaller_size,
+        path=linear.path,
+        out_features=linear.out_features,
+        in_features=linear.in_features,
+        rank=rank,
+        also=also,
+        lowest=lowest_limit(above),
+        names=names_of(above),
         param="lora.rank" if rank == lora.rank else "lora.rank_pattern",
     )
 
@@ -245,19 +246,9 @@ def _ends(path: str, name: str) -> bool:
     return path == name or path.endswith(f".{name}")
 
 
-def _unknown(sentence: str, remedy: str) -> InvalidRequest:
-    return InvalidRequest(sentence, code="unknown_target_modules", remedy=remedy, param="lora.target_modules")
-
-
 def _ambiguous(path: str, values: Mapping[str, float], param: str) -> InvalidRequest:
     shown = [f"{value:g} (key {key!r})" for key, value in sorted(values.items())]
-    settings = f"{', '.join(shown[:-1])} and {shown[-1]}"
-    return InvalidRequest(
-        f"{param} sets conflicting values for {path}: {settings}.",
-        code="ambiguous_pattern",
-        remedy="Change the keys so that only one matches each layer, or give them the same value.",
-        param=param,
-    )
+    return InvalidRequest("ambiguous_pattern", field=param, path=path, settings=listed(shown), param=param)
 
 
 def _nearest(wanted: list[str], names: Sequence[str]) -> str:
@@ -267,8 +258,7 @@ def _nearest(wanted: list[str], names: Sequence[str]) -> str:
 
 def _existing(layers: list[Linear]) -> str:
     names = sorted({layer.name for layer in layers})
-    available = f"Available layer names: {_shortened(names)}."
-    return f"{available} To target all layers, set lora.target_modules to 'all-linear'."
+    return _shortened(names)
 
 
 def _shortened(items: Sequence[object]) -> str:

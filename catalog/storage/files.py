@@ -119,13 +119,7 @@ def put(store: ArtifactStore, spooled: Path, content: Blob) -> None:
     """Store the bytes in `spooled`, which must match `content`. Raises Unavailable, OutOfSpace."""
     stored_content = store.put_file(spooled)
     if stored_content != content:
-        raise Unavailable(
-            "The received content changed on the server's disk before it was stored: its SHA-256 digest is "
-            f"{stored_content.digest} instead of {content.digest}.",
-            code="upload_damaged",
-            remedy="Send the same request again. If this recurs, ask the operator to check the server's disk and "
-            "memory.",
-        )
+        raise Unavailable("upload_damaged", digest=stored_content.digest, wanted_digest=content.digest)
 
 
 def show(session: Session, file: File, *, lifetime_seconds: int | None) -> File:
@@ -204,12 +198,7 @@ def find(session: Session, *, project_id: str, file_id: str, lock: bool = False,
         statement = statement.where(is_visible(read_clock(session)))
     file = session.scalar(statement.with_for_update() if lock else statement)
     if file is None:
-        raise NotFound(
-            "file",
-            file_id,
-            param="file_id",
-            remedy="Choose a file from `lorry files list`. Files that were deleted or have expired can't be used.",
-        )
+        raise NotFound("file_not_found", file_id=file_id, param="file_id")
     return file
 
 
@@ -250,16 +239,9 @@ def _users(session: Session, file_id: str) -> list[str]:
 def _in_use(file_id: str, users: Sequence[str]) -> Conflict:
     is_one, user = len(users) == 1, users[0]
     named = listed([*users[:NUM_NAMED], *(["others"] if len(users) > NUM_NAMED else [])])
-    return Conflict(
-        f"File {file_id} is in use by {user}, which has not finished."
-        if is_one
-        else f"File {file_id} is in use by {named}, which have not finished.",
-        code="file_in_use",
-        remedy=f"Wait until {user} finishes, or cancel it, then delete the file."
-        if is_one
-        else "Wait until all of them finish, or cancel them, then delete the file.",
-        param="file_id",
-    )
+    if is_one:
+        return Conflict("file_in_use", file_id=file_id, user=user, param="file_id")
+    return Conflict("file_in_use_by_several", file_id=file_id, named=named, param="file_id")
 
 
 def has_expired(file: File, *, now: float) -> bool:
@@ -276,33 +258,17 @@ def label(filename: str) -> str:
 
 def check_purpose(purpose: str) -> None:
     if purpose not in PURPOSES:
-        raise InvalidRequest(
-            f"Files can't be uploaded with the purpose {purpose[:40]!a}.",
-            code="invalid_purpose",
-            remedy=f"Set 'purpose' to {DATASET!r} for training and validation data, {BATCH!r} for the requests of a "
-            f"batch, or {USER_DATA!r} for other files.",
-            param="purpose",
-        )
+        raise InvalidRequest("invalid_purpose", purpose=purpose[:40], param="purpose")
 
 
 def check_size(num_bytes: int, settings: Settings, *, filename: str, purpose: str, param: str = "file") -> None:
     name = label(filename)
     if num_bytes > settings.max_file_bytes:
         raise TooLarge(
-            f"File {name!r} has {num_bytes:,} bytes, but the maximum is {settings.max_file_bytes:,} bytes.",
-            code="file_too_large",
-            remedy="Split the file, or ask the operator to raise LORRY_MAX_FILE_BYTES.",
-            param=param,
+            "content_too_large", name=name, num_bytes=num_bytes, max_file_bytes=settings.max_file_bytes, param=param
         )
     if num_bytes == 0:
-        raise InvalidRequest(
-            f"File {name!r} is empty.",
-            code="file_empty",
-            remedy="Upload a file with at least one row."
-            if purpose == DATASET
-            else "Upload a file with at least one byte.",
-            param=param,
-        )
+        raise InvalidRequest("rows_file_empty" if purpose == DATASET else "file_empty", name=name, param=param)
 
 
 def _note(session: Session, type: AuditType, file: File, *, now: float, details: Json) -> None:  # noqa: A002

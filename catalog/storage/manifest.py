@@ -27,20 +27,11 @@ KIND = re.compile(r"[a-z][a-z0-9_-]{0,31}")
 DAMAGED = "artifact_damaged"
 
 
-RESTORE = (
-    "Restore the store from a backup, or upload the damaged file or train the damaged adapter again. On the server, "
-    "`python -m api verify` lists all damaged objects."
-)
-
-
 class DamagedArtifact(LorryError):
     """A stored file is missing, or its content does not match its digest."""
 
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
-
-    def __init__(self, message: str, *, remedy: str = RESTORE) -> None:
-        super().__init__(message, code=DAMAGED, remedy=remedy)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,7 +46,7 @@ class ManifestFile:
         check_path(self.path)
         check_digest(self.digest)
         if not 0 <= self.num_bytes < 2**53:
-            raise DamagedArtifact(f"The manifest contains the invalid size {self.num_bytes} for {self.path!r}.")
+            raise DamagedArtifact("manifest_size_invalid", num_bytes=self.num_bytes, path=self.path)
 
     def as_row(self) -> dict[str, Any]:
         return {"path": self.path, "digest": self.digest, "num_bytes": self.num_bytes}
@@ -71,16 +62,17 @@ class Manifest:
     def __post_init__(self) -> None:
         paths = [file.path for file in self.files]
         if not KIND.fullmatch(self.kind):
-            raise DamagedArtifact(f"The manifest has the invalid kind {self.kind!r}.")
+            raise DamagedArtifact("manifest_kind_invalid", kind=self.kind)
         if len(paths) > MAX_FILES:
-            raise DamagedArtifact(f"The manifest lists {len(paths):,} files, but the maximum is {MAX_FILES:,}.")
+            raise DamagedArtifact("manifest_too_long", num_paths=len(paths), max_files=MAX_FILES)
         if paths != sorted(set(paths)):
             twice = next((path for path, following in pairwise(sorted(paths)) if path == following), None)
-            reason = "are not sorted by path" if twice is None else f"include {twice!r} twice"
-            raise DamagedArtifact(f"The files in the manifest {reason}.")
+            if twice is None:
+                raise DamagedArtifact("manifest_not_sorted")
+            raise DamagedArtifact("manifest_file_twice", twice=twice)
         used = set(paths)
         if inside := next((p for p in paths if any(parent in used for parent in _parents(p))), None):
-            raise DamagedArtifact(f"The manifest contains {inside!r}, but a folder of this path is also a file in it.")
+            raise DamagedArtifact("manifest_folder_is_file", inside=inside)
 
     @classmethod
     def of(cls, kind: str, files: Iterable[ManifestFile]) -> Manifest:
@@ -93,7 +85,7 @@ class Manifest:
         try:
             return cls(kind=kind, files=tuple(_file(row) for row in rows))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise DamagedArtifact("The manifest has an entry without a valid path, digest or size.") from error
+            raise DamagedArtifact("manifest_entry_invalid") from error
 
     @classmethod
     def parse(cls, content: bytes) -> Manifest:
@@ -102,7 +94,7 @@ class Manifest:
             record = cast(dict[str, Any], json.loads(content))
             return cls.from_rows(record["kind"], record["files"])
         except (ValueError, RecursionError, KeyError, TypeError) as error:
-            raise DamagedArtifact("The manifest is not a JSON object with a kind and a list of files.") from error
+            raise DamagedArtifact("manifest_not_object") from error
 
     def as_rows(self) -> list[dict[str, Any]]:
         """Return the files as stored in an Artifact row."""
@@ -134,12 +126,12 @@ def check_path(path: str) -> None:
     parts = path.split("/")
     odd = any(part in ("", ".", "..") for part in parts) or "\\" in path or (len(path) > 1 and path[1] == ":")
     if odd or len(path) > MAX_PATH_CHARS or any(unicodedata.category(c)[0] == "C" for c in path):
-        raise DamagedArtifact(f"The manifest contains the unsafe path {path[:MAX_PATH_CHARS]!r}.")
+        raise DamagedArtifact("manifest_path_unsafe", path=path[:MAX_PATH_CHARS])
 
 
 def check_digest(digest: str) -> None:
     if not DIGEST.fullmatch(digest):
-        raise DamagedArtifact(f"{digest[:80]!r} is not a hexadecimal SHA-256 digest.")
+        raise DamagedArtifact("digest_invalid", digest=digest[:80])
 
 
 def _file(row: Mapping[str, Any]) -> ManifestFile:

@@ -58,8 +58,6 @@ MAX_COMPLETIONS = 10
 """Maximum number of failed completions of one upload."""
 Status = Literal["pending", "completed", "cancelled", "expired"]
 OpenLimit = Literal["open_uploads", "open_upload_bytes"]
-_KEPT_PARTS = "Uploaded parts count toward the limit until they are deleted, within two days."
-_START_AGAIN = "Create a new upload and send its parts again."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,12 +147,7 @@ def record_part(db: Database, *, project_id: str, upload_id: str, content: Blob,
 def _check_addable(session: Session, upload: Upload, content: Blob, settings: Settings) -> UploadPart | None:
     """Return the upload's part with these bytes, or None. Raises InvalidRequest and TooLarge if they can't be added."""
     if content.num_bytes == 0:
-        raise InvalidRequest(
-            f"The part for upload {upload.id} is empty.",
-            code="part_empty",
-            remedy="Send at least one byte in 'data', or complete the upload if you have sent all parts.",
-            param="data",
-        )
+        raise InvalidRequest("part_empty", upload=upload.id, param="data")
     of_upload = select(UploadPart).where(UploadPart.upload_id == upload.id)
     existing = session.scalar(of_upload.where(UploadPart.digest == content.digest))
     if existing is None:
@@ -237,12 +230,7 @@ def _whole_file(
 def _check_completions(upload: Upload) -> None:
     """Raises Conflict after too many completions, each of which joins and checks the whole file again."""
     if upload.num_completions >= MAX_COMPLETIONS:
-        raise Conflict(
-            f"Upload {upload.id} has reached its limit of {MAX_COMPLETIONS} failed attempts to complete it.",
-            code="too_many_completions",
-            remedy="Correct the problem that the responses to these attempts name, then create a new upload and send "
-            "the parts again.",
-        )
+        raise Conflict("too_many_completions", upload=upload.id, max_completions=MAX_COMPLETIONS)
 
 
 def _is_of_the_service(error: LorryError) -> bool:
@@ -254,12 +242,7 @@ def _is_of_the_service(error: LorryError) -> bool:
 def _lease(upload: Upload, *, now: float) -> None:
     """Lease the upload, so that no other request joins its parts at the same time. Raises Unavailable if one does."""
     if upload.completing_until is not None and upload.completing_until > now:
-        raise Unavailable(
-            f"Upload {upload.id} is being completed by another request.",
-            code="upload_completing",
-            remedy="Try again in a few seconds. If the other request has succeeded, the response names the file. After "
-            "a restart of the server, this error may last 15 minutes.",
-        )
+        raise Unavailable("upload_completing", upload=upload.id)
     upload.completing_until = now + JOIN_LEASE_SECONDS
     upload.num_completions += 1
 
@@ -324,13 +307,7 @@ def _find(session: Session, project_id: str, upload_id: str, *, lock: bool = Fal
     owned = select(Upload).where(Upload.id == upload_id, Upload.project_id == project_id)
     upload = session.scalar(owned.with_for_update() if lock else owned)
     if upload is None:
-        raise NotFound(
-            "upload",
-            upload_id,
-            param="upload_id",
-            remedy="Check the ID, and that the API key belongs to the project that owns the upload. An upload is "
-            "deleted a day after it expires: then create a new one.",
-        )
+        raise NotFound("upload_not_found", upload_id=upload_id, param="upload_id")
     return upload
 
 
@@ -341,18 +318,14 @@ def _completed(session: Session, upload: Upload) -> UploadView:
 def _check_open(upload: Upload, *, now: float) -> None:
     _check_not_over(upload)
     if status(upload, now=now) == "expired":
-        message = f"Upload {upload.id} has expired, because uploads accept parts for only one hour."
-        raise Conflict(message, code="upload_expired", remedy=_START_AGAIN, param="upload_id")
+        raise Conflict("upload_expired", upload=upload.id, param="upload_id")
 
 
 def _check_not_over(upload: Upload) -> None:
     if upload.file_id is not None:
-        message = f"Upload {upload.id} has already been completed as file {upload.file_id}."
-        remedy = f"Use file {upload.file_id}, or create a new upload."
-        raise Conflict(message, code="upload_completed", remedy=remedy, param="upload_id")
+        raise Conflict("upload_completed", upload=upload.id, file_id=upload.file_id, param="upload_id")
     if upload.cancelled_at is not None:
-        message = f"Upload {upload.id} was cancelled."
-        raise Conflict(message, code="upload_cancelled", remedy=_START_AGAIN, param="upload_id")
+        raise Conflict("upload_cancelled", upload=upload.id, param="upload_id")
 
 
 def _check_open_ones(session: Session, project_id: str, num_bytes: int, settings: Settings, *, now: float) -> None:
@@ -383,18 +356,42 @@ def _too_many(
     counted = session.scalars(select(Upload).where(Upload.project_id == project_id, COUNTED))
     leaving = [one for upload in counted for one in _leaving(upload, name, now=now)]
     free_at = quotas.enough_at(leaving, used + more - maximum, now=now)
-    project, noun = quotas.project_of(session, project_id).name, "upload" if used == 1 else "uploads"
+    project = quotas.project_of(session, project_id).name
+    if name == "open_uploads":
+        return QuotaExceeded(
+            "too_many_open_uploads",
+            project=project,
+            used=used,
+            maximum=maximum,
+            retry_after_seconds=math.inf if free_at is None else free_at - now,
+            quota={
+                "name": name,
+                "limit": maximum,
+                "used": used,
+                "resets_at": None if free_at is None else int(free_at),
+            },
+        )
+    if more > maximum:
+        return QuotaExceeded(
+            "upload_larger_than_quota",
+            bytes=quotas.counted(more, "byte"),
+            project=project,
+            used=used,
+            maximum=maximum,
+            retry_after_seconds=math.inf if free_at is None else free_at - now,
+            quota={
+                "name": name,
+                "limit": maximum,
+                "used": used,
+                "resets_at": None if free_at is None else int(free_at),
+            },
+        )
     return QuotaExceeded(
-        f"Project {project!r} already has {used:,} open {noun}, and the maximum is {maximum:,}."
-        if name == "open_uploads"
-        else f"This upload needs {quotas.counted(more, 'byte')}, but uploads of project {project!r} already use "
-        f"{used:,} of the {maximum:,} bytes available to them.",
-        code="too_many_open_uploads",
-        remedy="Complete or cancel an open upload, or wait: uploads expire after an hour."
-        if name == "open_uploads"
-        else "Split the file, or ask the operator to raise LORRY_MAX_OPEN_UPLOAD_BYTES."
-        if more > maximum
-        else f"Complete or cancel open uploads, or wait: uploads expire after an hour. {_KEPT_PARTS}",
+        "too_many_open_upload_bytes",
+        bytes=quotas.counted(more, "byte"),
+        project=project,
+        used=used,
+        maximum=maximum,
         retry_after_seconds=math.inf if free_at is None else free_at - now,
         quota={"name": name, "limit": maximum, "used": used, "resets_at": None if free_at is None else int(free_at)},
     )
@@ -415,17 +412,18 @@ def _check_size(session: Session, upload: Upload, content: Blob, settings: Setti
     name."""
     num_parts = session.scalar(select(func.count()).where(UploadPart.upload_id == upload.id)) or 0
     if num_parts >= MAX_PARTS:
-        message = f"Upload {upload.id} has reached its limit of {MAX_PARTS:,} parts."
-        remedy = f"Create a new upload and send larger parts, of up to {MAX_PART_BYTES:,} bytes each."
-        raise TooLarge(message, code="too_many_parts", remedy=remedy, param="data")
+        raise TooLarge(
+            "too_many_parts", upload=upload.id, max_parts=MAX_PARTS, max_part_bytes=MAX_PART_BYTES, param="data"
+        )
     maximum = min(max(2 * upload.num_bytes, SPARE_BYTES), settings.max_file_bytes)
     num_bytes = upload.part_bytes + content.num_bytes
     if num_bytes > maximum:
         raise TooLarge(
-            f"With this part, upload {upload.id} would have {num_bytes:,} bytes, but it accepts at most {maximum:,}, "
-            f"because it was created with {upload.num_bytes:,} as 'bytes'.",
-            code="upload_too_large",
-            remedy="Create a new upload with the size of the whole file in 'bytes', and send each part only once.",
+            "upload_too_large",
+            upload=upload.id,
+            num_bytes=num_bytes,
+            maximum=maximum,
+            announced_bytes=upload.num_bytes,
             param="data",
         )
 
@@ -438,21 +436,14 @@ def _named(session: Session, upload: Upload, part_ids: Sequence[str]) -> list[Up
     index = next((index for index, part_id in enumerate(part_ids) if part_id not in known), None)
     if index is not None:
         part_id = part_ids[index][:64]
-        raise InvalidRequest(
-            f"'part_ids[{index}]' is {part_id!a}, but upload {upload.id} has no such part.",
-            code="part_not_found",
-            remedy="Use the IDs that were returned when the parts were added to this upload, in file order.",
-            param="part_ids",
-        )
+        raise InvalidRequest("part_not_found", index=index, part_id=part_id, upload=upload.id, param="part_ids")
     num_bytes = sum(known[part_id].num_bytes for part_id in part_ids)
     if num_bytes != upload.num_bytes:
-        unit = "byte" if num_bytes == 1 else "bytes"
         raise InvalidRequest(
-            f"The parts in 'part_ids' have a total size of {num_bytes:,} {unit}, but upload {upload.id} was created "
-            f"with {upload.num_bytes:,} as 'bytes'.",
-            code="upload_incomplete",
-            remedy="List each part of the file in 'part_ids', in file order, or create a new upload with the correct "
-            "value of 'bytes'.",
+            "upload_incomplete",
+            num_bytes=num_bytes,
+            upload=upload.id,
+            announced_bytes=upload.num_bytes,
             param="part_ids",
         )
     return [known[part_id] for part_id in part_ids]
@@ -460,13 +451,7 @@ def _named(session: Session, upload: Upload, part_ids: Sequence[str]) -> list[Up
 
 def _check_md5(upload_id: str, joined: str, sent: str | None) -> None:
     if sent is not None and joined != sent.lower():
-        raise InvalidRequest(
-            f"The joined parts of upload {upload_id} have the MD5 checksum {joined}, but 'md5' is {sent}.",
-            code="md5_mismatch",
-            remedy="Check that 'md5' is the checksum of the whole file and that 'part_ids' is in file order. If both "
-            "are correct, create a new upload and send the parts again.",
-            param="md5",
-        )
+        raise InvalidRequest("md5_mismatch", upload_id=upload_id, joined=joined, sent=sent, param="md5")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

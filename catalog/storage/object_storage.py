@@ -62,29 +62,19 @@ def create_missing_bucket(url: str) -> None:
     if urlsplit(url).scheme != "s3" or _bucket_exists(url):
         return
     name = urlsplit(url).netloc
-    missing = f"The bucket {name!r} of LORRY_STORE_URL does not exist"
     # obstore creates no buckets. With this option, its URLs contain keys, but not the bucket: the key is the bucket.
     service = S3Store(bucket=name, virtual_hosted_style_request=True, client_options=_client_options())
     with _translated_at("The artifact store", STORE_SETTING, None):
         signed = obstore.sign(service, "PUT", name, timedelta(minutes=5))
         if AWS.search(urlsplit(signed).hostname or ""):
-            raise InvalidRequest(
-                f"{missing}, and Lorry creates no buckets in AWS.",
-                code="bucket_not_created",
-                remedy=f"Create the bucket, for example with `aws s3 mb s3://{name}`, or correct LORRY_STORE_URL. For "
-                "a store outside AWS, set AWS_ENDPOINT. Then try again.",
-            )
+            raise InvalidRequest("aws_bucket_missing", name=name)
         try:
             urlopen(Request(signed, method="PUT"), timeout=60).close()  # noqa: S310  (the address of the store)
         except HTTPError as error:
             error.close()
             if _bucket_exists(url):  # another process has created it at the same time
                 return
-            raise InvalidRequest(
-                f"{missing} and can't be created: {error}.",
-                code="bucket_not_created",
-                remedy="Create the bucket, or allow the access key in AWS_ACCESS_KEY_ID to create it. Then try again.",
-            ) from error
+            raise InvalidRequest("bucket_not_created", name=name, error=str(error)) from error
 
 
 def _bucket_exists(url: str) -> bool:
@@ -219,18 +209,15 @@ def _translated_at(name: str, checked: str, folder: Path | None, *, key: str = "
         if is_full(error):
             raise out_of_space(name[0].lower() + name[1:]) from error
         if isinstance(error, DENIED):
-            where = "" if folder is None else f": the user with ID {os.geteuid()} can't use the folder {folder}"
+            if folder is None:
+                raise Unavailable("store_access_denied", name=name, checked=checked) from error
             raise Unavailable(
-                f"{name} denied access{where}.",
-                code="store_unavailable",
-                remedy=f"Correct the permissions or the credentials for {checked}.",
+                "store_folder_denied", name=name, user_id=os.geteuid(), folder=str(folder), checked=checked
             ) from error
         reason = getattr(error, "strerror", None)
-        raise Unavailable(
-            f"{name} can't be accessed{f': {reason}' if reason else ''}.",
-            code="store_unavailable",
-            remedy=f"Try again in a few seconds. If the error persists, check {checked}.",
-        ) from error
+        if reason:
+            raise Unavailable("store_unavailable", name=name, reason=reason, checked=checked) from error
+        raise Unavailable("store_unavailable_unknown_reason", name=name, checked=checked) from error
 
 
 def _folder(url: str) -> Path | None:

@@ -139,13 +139,9 @@ def _too_many_leaving(
     project: Project, status: QuotaStatus, *, now: float, num_more: int, num_leaving: int, needing: str
 ) -> QuotaExceeded:
     """Return the error for deleted bytes that are still on the disk. Deleting more would not help."""
-    message = (
-        f"Project {project.name!r} is limited to {status.describe()}, and to twice that with deleted bytes that are "
-        f"still on the disk. It has {counted(int(status.used), 'stored byte')} and "
-        f"{counted(num_leaving, 'deleted byte')}, and {needing} {num_more:,} more."
-    )
-    by_when = (
-        "" if status.resets_at is None else f", which will have freed enough space by {utc_time(status.resets_at)}"
-    )
-    remedy = f"Wait for the daily garbage collection{by_when}."
-    return refusal(message, remedy=remedy, project=project, status=status, now=now)
+    values = {"used": counted(int(status.used), "stored byte"), "deleted": counted(num_leaving, "deleted byte")}
+    if status.resets_at is None:
+        name = "deleted_bytes_still_stored"
+    else:
+        name, values = "deleted_bytes_still_stored_until", {**values, "time": utc_time(status.resets_at)}
+    return refusal(name, project=project, status=status, now=now, needing=needing, num_more=num_more, **values)

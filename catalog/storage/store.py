@@ -23,7 +23,7 @@ from typing import BinaryIO, NoReturn
 from catalog.disk import full_disk_named
 from catalog.errors import OutOfSpace
 from catalog.settings import Settings
-from catalog.storage.manifest import RESTORE, DamagedArtifact, Manifest, ManifestFile, check_digest
+from catalog.storage.manifest import DamagedArtifact, Manifest, ManifestFile, check_digest
 from catalog.storage.object_storage import CHUNK_BYTES, NoSuchObject, Objects
 
 log = logging.getLogger("lorry.catalog")
@@ -38,8 +38,6 @@ MAX_COPIED_BYTES = 5 * 2**30
 """S3 can't copy a larger object in one request, so larger ones are deleted without the trash."""
 REFRESH_SECONDS = GRACE_SECONDS / 4
 """Putting a blob that is older than this writes it again, which restarts its grace period."""
-REINSTALL = "If this recurs, reinstall Lorry on the worker that wrote the folder, then run the job again."
-"""Remedy for a folder that a worker can't store. Its job is retried automatically."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,8 +79,8 @@ class ArtifactStore:
             unchanged = verified(
                 _chunks(file, check=check),
                 blob.digest,
-                message=f"The file {name!r} changed while it was being stored.",
-                remedy="Make sure that no other program writes the file, then try again.",
+                if_changed="file_changed_while_stored",
+                name=name,
             )
             self.objects.put(blob_key(blob.digest), unchanged)
         return blob
@@ -105,13 +103,13 @@ class ArtifactStore:
         read their targets. Replacing a file or a folder by a link while this runs has no effect.
         """
         if not stat.S_ISDIR(_mode_of(folder, dir_fd)):
-            raise DamagedArtifact(f"{folder.name!r} does not exist or is not a folder.", remedy=REINSTALL)
+            raise DamagedArtifact("stored_folder_missing", folder=folder.name)
         files: list[tuple[str, Blob]] = []
         walk = os.fwalk(folder, dir_fd=dir_fd, follow_symlinks=False, onerror=_raise)
         for parent, folders, names, descriptor in walk:
             for name in folders:
                 if not stat.S_ISDIR(_mode_of(Path(name), descriptor)):
-                    raise DamagedArtifact(f"{Path(parent, name).as_posix()!r} is not a folder.", remedy=REINSTALL)
+                    raise DamagedArtifact("stored_path_not_folder", parent=Path(parent, name).as_posix())
             for name in names:
                 path = Path(parent, name).relative_to(folder).as_posix()
                 with _opened_plain(name, descriptor, path) as file:
@@ -132,13 +130,13 @@ class ArtifactStore:
         try:
             content = b"".join(read_stored(self.objects, manifest_key(digest)))
         except NoSuchObject as error:
-            raise DamagedArtifact(f"Manifest {digest} is missing from the store.") from error
+            raise DamagedArtifact("manifest_missing", digest=digest) from error
         if sha256(content).hexdigest() != digest:
-            raise DamagedArtifact(f"Manifest {digest} has changed: its content does not match its digest.")
+            raise DamagedArtifact("manifest_changed", digest=digest)
         try:
             return Manifest.parse(content)
         except DamagedArtifact as error:
-            raise DamagedArtifact(f"Manifest {digest} is not valid. {error.message}") from error
+            raise DamagedArtifact("manifest_invalid", digest=digest, message=error.message) from error
 
     def open_blob(self, digest: str, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
         """Yield the content in chunks of at most `chunk_bytes`.
@@ -149,7 +147,7 @@ class ArtifactStore:
         try:
             chunks = read_stored(self.objects, blob_key(digest), chunk_bytes=chunk_bytes)
         except NoSuchObject as error:
-            raise DamagedArtifact(f"Object {digest} is missing from the store.") from error
+            raise DamagedArtifact("object_missing", digest=digest) from error
         return verified(chunks, digest)
 
     def fetch(self, manifest: Manifest, into: Path, *, check: Callable[[], None] = lambda: None) -> None:
@@ -315,7 +313,7 @@ def _manifest_of(folder: Path, kind: str, files: Iterable[tuple[str, Blob]]) -> 
         rows = (ManifestFile(path=path, digest=blob.digest, num_bytes=blob.num_bytes) for path, blob in files)
         return Manifest.of(kind, rows)
     except DamagedArtifact as error:
-        raise DamagedArtifact(f"Folder {folder.name!r} can't be stored. {error.message}", remedy=REINSTALL) from error
+        raise DamagedArtifact("folder_not_storable", folder=folder.name, message=error.message) from error
 
 
 def read_stored(objects: Objects, key: str, *, chunk_bytes: int = CHUNK_BYTES) -> Iterator[bytes]:
@@ -355,12 +353,12 @@ def _opened_plain(name: str, dir_fd: int, path: str) -> BinaryIO:
     except OSError as error:
         if error.errno not in (errno.ELOOP, errno.ENXIO):
             raise
-        raise DamagedArtifact(f"{path!r} is not a regular file.", remedy=REINSTALL) from error
+        raise DamagedArtifact("stored_file_not_regular", path=path) from error
     file = os.fdopen(descriptor, "rb")
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
         file.close()
-        raise DamagedArtifact(f"{path!r} is not a regular file with a single hard link.", remedy=REINSTALL)
+        raise DamagedArtifact("stored_file_has_links", path=path)
     return file
 
 
@@ -381,12 +379,12 @@ def _digest_of(file: BinaryIO, *, check: Callable[[], None]) -> Blob:
 
 
 def verified(
-    chunks: Iterator[bytes], digest: str, *, message: str | None = None, remedy: str = RESTORE
+    chunks: Iterator[bytes], digest: str, *, if_changed: str = "object_changed", **values: str
 ) -> Iterator[bytes]:
     """Yield the chunks, the last one only if the content matches `digest`.
 
     A reader therefore never receives all of a damaged content. Raises DamagedArtifact in place of the last chunk, with
-    `message` (None: that the object has changed) and `remedy`.
+    the text `if_changed` and its values.
     """
     seen = sha256()
     last: bytes | None = None
@@ -396,7 +394,6 @@ def verified(
             yield last
         last = chunk
     if seen.hexdigest() != digest:
-        changed = f"Object {digest} has changed: its content does not match its digest."
-        raise DamagedArtifact(message or changed, remedy=remedy)
+        raise DamagedArtifact(if_changed, digest=digest, **values)
     if last is not None:
         yield last

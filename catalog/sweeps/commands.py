@@ -80,8 +80,4 @@ def _noted(session: Session, type: AuditType, sweep: Sweep) -> float:  # noqa: A
 
 
 def _already_final(sweep: Sweep) -> Conflict:
-    return Conflict(
-        f"Sweep {sweep.id} can't be cancelled, because it has already finished. Its state is {sweep.state}.",
-        code="sweep_already_final",
-        remedy="No action is needed. To search again, create a new sweep.",
-    )
+    return Conflict("sweep_already_final", sweep=sweep.id, state=sweep.state)

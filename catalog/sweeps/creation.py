@@ -127,12 +127,7 @@ def design_of(sweep: Sweep) -> Design:
     except ValidationError as error:
         problem = cast(Problem, error.errors(include_url=False)[0])
         place = field_path(problem["loc"], sweep.requested, is_missing=problem["type"] == "missing")
-        raise Conflict(
-            f"Sweep {sweep.id} can't create more trials, because this version of Lorry rejects {place!r} of its "
-            "request.",
-            code="sweep_outdated",
-            remedy="Create a new sweep for the remaining trials.",
-        ) from error
+        raise Conflict("sweep_outdated", sweep=sweep.id, place=place) from error
     return replace(designed(request, seed=sweep.seed), rungs=sweep.rungs)
 
 

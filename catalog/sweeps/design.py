@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
+from catalog.error_texts import ErrorText
 from catalog.errors import InvalidRequest
 from catalog.spec import evaluation_schedule
 from catalog.spec.job import JobRequest, resolve
@@ -81,12 +82,7 @@ def designed(request: SweepRequest, *, seed: int) -> Design:
     for path in request.parameters:
         outer = next((other for other in request.parameters if path.startswith(f"{other}.")), None)
         if outer is not None:
-            raise InvalidRequest(
-                f"Parameter {outer!r} includes parameter {path!r}, so a sweep can't vary both.",
-                code="overlapping_parameters",
-                remedy=f"Remove {outer!r} or {path!r} from 'parameters'.",
-                param=f"parameters.{path}",
-            )
+            raise InvalidRequest("overlapping_parameters", outer=outer, path=path, param=f"parameters.{path}")
     _check_objective(request)
     return Design(
         template=request.template(),
@@ -125,24 +121,16 @@ def rungs(design: Design, requests: Sequence[JobRequest], *, num_rows: int) -> J
     known = [steps for spec in specs if (steps := evaluation_schedule.most_steps(spec, num_rows)) is not None]
     fewest = min(known, default=None)
     if search.min_steps is None and fewest is None:
-        raise InvalidRequest(
-            "search.min_steps is required: data.overflow is 'split', so the number of steps in each trial is unknown "
-            "until the training texts have been split.",
-            code="min_steps_required",
-            remedy="Set search.min_steps, or set max_steps for all trials.",
-            param="search.min_steps",
-        )
+        raise InvalidRequest("min_steps_required", param="search.min_steps")
     interval = value_at(design.template, EVERY_STEPS) if design.metric.startswith("valid") else None
     every = interval if isinstance(interval, int) else 1
     wanted = search.min_steps or max(1, (fewest or 1) // factor**USUAL_RUNGS)
     first = math.ceil(wanted / every) * every
     if fewest is not None and first >= fewest:
         raise InvalidRequest(
-            f"The first rung is at step {first}, but the shortest trial ends at step {fewest}, so that "
-            "trial can't be stopped early.",
-            code="no_rung_in_time",
-            remedy=f"Set search.min_steps and {EVERY_STEPS} to less than {fewest}, train for more steps (max_steps or "
-            "n_epochs), or search without the pruner asha.",
+            "no_rung_in_time",
+            first=first,
+            fewest=fewest,
             param="search.min_steps" if search.min_steps is not None else "search",
         )
     return {"min_steps": first, "reduction_factor": factor}
@@ -155,21 +143,11 @@ def _check_path(path: str) -> None:
     shown = path[:MAX_SHOWN]
     param, reason = f"parameters.{shown}", FIXED.get(path.split(".", 1)[0])
     if reason is not None:
-        raise InvalidRequest(
-            f"A sweep can't vary {shown!a}, because {reason}.",
-            code="fixed_in_a_sweep",
-            remedy=f"Remove {shown!a} from 'parameters'. To use several values, create one sweep for each.",
-            param=param,
-        )
+        raise InvalidRequest("fixed_in_a_sweep", shown=shown, reason=reason, param=param)
     similar = _nearest(shown)
-    raise InvalidRequest(
-        f"There is no job field {shown!a}.",
-        code="unknown_parameter",
-        remedy=f"Did you mean {similar!r}? Use the dotted path of a job field."
-        if similar
-        else "Use the dotted path of a job field, such as 'lora.rank'.",
-        param=param,
-    )
+    if similar:
+        raise InvalidRequest("unknown_job_field_like", shown=shown, similar=similar, param=param)
+    raise InvalidRequest("unknown_job_field", shown=shown, param=param)
 
 
 def _nearest(path: str) -> str | None:
@@ -190,61 +168,39 @@ def _nearest(path: str) -> str | None:
 
 def _check_range(path: str, parameter: Parameter, search: Search) -> None:
     """Check that a range is of a numeric field, has whole limits for whole numbers, and has points only in a grid."""
-    code = "invalid_value"
+    param = f"parameters.{path}"
     if search.is_pruned and path == EVERY_STEPS:
-        code = "fixed_in_a_sweep"
-        problem = f"With the pruner asha, a sweep can't vary {EVERY_STEPS}: trials are compared at their evaluations."
-        remedy = f"Remove {EVERY_STEPS} from 'parameters'."
-    elif parameter.values is not None:
+        raise InvalidRequest("interval_fixed_in_a_sweep", param=param)
+    if parameter.values is not None:
         return
-    elif kind_of(path) == "other":
-        problem = f"'parameters' sets a range for {path!r}, but this field is not a number."
-        remedy = "Replace the range with a list of values in 'values'."
-    elif kind_of(path) == "integer" and not all(end.is_integer() for end in _range(parameter)):
+    if kind_of(path) == "other":
+        raise InvalidRequest("range_not_of_number", path=path, param=param)
+    if kind_of(path) == "integer" and not all(end.is_integer() for end in _range(parameter)):
         low, high = _range(parameter)
-        problem = f"The range of {path!r} is from {low:.15g} to {high:.15g}, but this field must be a whole number."
-        remedy = "Set 'min' and 'max' to whole numbers."
-    elif search.type == "grid" and parameter.points is None:
-        problem = f"In a grid sweep, the range of {path!r} requires 'points'."
-        remedy = "Set 'points' to the number of values, or replace the range with a list of values in 'values'."
-    elif search.type != "grid" and parameter.points is not None:
-        problem = f"The range of {path!r} has 'points', which only grid sweeps support, but search.type is "
-        problem += f"{search.type!r}."
-        remedy = "Remove 'points'."
-    else:
-        return
-    raise InvalidRequest(problem, code=code, remedy=remedy, param=f"parameters.{path}")
+        raise InvalidRequest("range_not_of_whole_numbers", path=path, low=low, high=high, param=param)
+    if search.type == "grid" and parameter.points is None:
+        raise InvalidRequest("range_without_points", path=path, param=param)
+    if search.type != "grid" and parameter.points is not None:
+        raise InvalidRequest("range_with_points", path=path, type=search.type, param=param)
 
 
 def _check_objective(request: SweepRequest) -> None:
     metric = request.objective.metric
     if metric.startswith("valid") and request.validation_file is None:
-        raise InvalidRequest(
-            f"objective.metric is '{metric}', which requires a validation file.",
-            code="validation_file_required",
-            remedy="Set validation_file, or set objective.metric to 'train_loss'.",
-            param="validation_file",
-        )
+        raise InvalidRequest("validation_file_required_for_sweep", metric=metric, param="validation_file")
     if "reward" in metric and request.method_type == "supervised":
-        raise InvalidRequest(
-            f"objective.metric is '{metric}', which is not available for method 'supervised'.",
-            code="metric_of_another_method",
-            remedy="Set objective.metric to 'valid_loss'. Only preference methods, such as 'dpo', have reward metrics.",
-            param="objective.metric",
-        )
+        raise InvalidRequest("metric_of_another_method", metric=metric, param="objective.metric")
 
 
 def _grid_size(parameters: Mapping[str, Parameter]) -> int:
     sizes = [len(grid_values(path, parameter)) for path, parameter in parameters.items()]
     size = math.prod(sizes)
     if size > MAX_TRIALS:
-        without_points = ", and remove 'points' from the ranges" if any(p.points for p in parameters.values()) else ""
         raise InvalidRequest(
-            f"The grid has {size:,} combinations ({' by '.join(map(str, sizes))}), but a sweep can have at most "
-            f"{MAX_TRIALS:,} trials.",
-            code="grid_too_large",
-            remedy="Use fewer values or points. Or set search.type to 'random' and search.trials to the number of "
-            f"trials{without_points}.",
+            "grid_with_points_too_large" if any(p.points for p in parameters.values()) else "grid_too_large",
+            size=size,
+            sizes=" by ".join(map(str, sizes)),
+            max_trials=MAX_TRIALS,
             param="parameters",
         )
     return size
@@ -269,14 +225,20 @@ def _refused(error: ValidationError, body: Json, parameters: Mapping[str, Any]) 
         if f"{place}.".startswith(f"{path}.") or f"{path}.".startswith(f"{place}." if place else "")
     }
     text = ", ".join(f"{path} = {value_text(value)}" for path, value in about.items())
-    label = f" in the trial with {text if len(text) <= MAX_TEXT else f'{text[:MAX_TEXT]}…'}" if about else ""
     reason, remedy = _reason(place, group, list(about))
-    return InvalidRequest(
-        f"Invalid value{label}: {reason}.",
+    text = ErrorText(
         code="invalid_value" if group[0]["type"] != "extra_forbidden" else "unknown_parameter",
+        message=f"Invalid value in the trial with {_shortened(text)}: {reason}."
+        if about
+        else f"Invalid value: {reason}.",
         remedy=remedy,
         param=f"parameters.{next(iter(about))}" if about else place or None,
     )
+    return InvalidRequest(text)
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}…"
 
 
 def _reason(place: str, group: Sequence[Problem], varied: Sequence[str]) -> tuple[str, str]:

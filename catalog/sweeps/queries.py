@@ -95,7 +95,7 @@ def find_sweep(session: Session, project_id: str, sweep_id: str, *, locked: bool
     own = select(Sweep).where(Sweep.id == sweep_id, Sweep.project_id == project_id)
     sweep = session.scalar(own.with_for_update(of=Sweep) if locked else own)
     if sweep is None:
-        raise NotFound("sweep", sweep_id)
+        raise NotFound("sweep_not_found", sweep_id=sweep_id)
     return sweep
 
 
@@ -104,17 +104,10 @@ def find_trial(session: Session, sweep: Sweep, number: int) -> Trial:
     found = session.scalar(select(Trial).where(Trial.sweep_id == sweep.id, Trial.number == number))
     if found is not None:
         return found
-    path, is_coming = f"/v1/sweeps/{sweep.id}/trials", not sweep.is_closed and number < sweep.num_trials
-    raise NotFound(
-        "trial",
-        str(number),
-        message=f"Trial {number} of sweep {sweep.id} has not been created yet."
-        if is_coming
-        else f"Sweep {sweep.id} has no trial {number}.",
-        remedy=f"Send the request again once GET {path} lists the trial."
-        if is_coming
-        else f"Use a number from 0 to {sweep.num_created - 1}: GET {path} lists the trials.",
-    )
+    _path, is_coming = f"/v1/sweeps/{sweep.id}/trials", not sweep.is_closed and number < sweep.num_trials
+    if is_coming:
+        raise NotFound("trial_not_created", number=number, sweep=sweep.id)
+    raise NotFound("trial_not_found", sweep=sweep.id, number=number, num_created=sweep.num_created - 1)
 
 
 def best_trial(session: Session, sweep_id: str) -> Trial | None:

@@ -9,13 +9,11 @@ from sqlalchemy.orm import Session
 
 from catalog.audit import log
 from catalog.db.database import get_once
+from catalog.error_texts import ErrorText
 from catalog.tables.sweeps import Sweep
 from catalog.tables.table import Json
 from catalog.tables.tenancy import ApiKey, Project
 from catalog.tenancy.authentication import is_live
-
-CONTINUES = "No more trials are created, but existing trials continue."
-NEW_SWEEP = "To run the remaining trials, create a new sweep."
 
 
 def why_ended(session: Session, sweep: Sweep, *, now: float) -> Json | None:
@@ -25,18 +23,13 @@ def why_ended(session: Session, sweep: Sweep, *, now: float) -> Json | None:
     """
     project = session.get_one(Project, sweep.project_id)
     if project.archived_at is not None:
-        restore = (
-            f"To run the remaining trials, ask an operator to run `lorry projects restore {project.name}`, then create "
-            "a new sweep."
-        )
-        return _error("project_archived", f"Project {project.name!r} was archived.", restore)
+        return ErrorText.of("project_of_sweep_archived", project=project.name).as_job_error()
     key = _valid_or_last(session, sweep.created_by, now=now)
     if key is not None and is_live(key, now):
         return None
     if key is not None and key.revoked_at is None:
-        return _error("api_key_expired", f"API key {key.id}, which created this sweep, has expired.")
-    key_id = key.id if key else sweep.created_by
-    return _error("api_key_revoked", f"API key {key_id}, which created this sweep, was revoked.")
+        return ErrorText.of("api_key_expired", key=key.id).as_job_error()
+    return ErrorText.of("api_key_revoked", key=key.id if key else sweep.created_by).as_job_error()
 
 
 def close(session: Session, sweep: Sweep, error: Json, *, now: float) -> None:
@@ -63,7 +56,3 @@ def _valid_or_last(session: Session, key_id: str, *, now: float) -> ApiKey | Non
     while key is not None and key.revoked_at is None and not is_live(key, now) and key.replaced_by is not None:
         key = get_once(session, ApiKey, key.replaced_by, lock="share")
     return key
-
-
-def _error(code: str, message: str, remedy: str = NEW_SWEEP) -> Json:
-    return {"code": code, "message": f"{message} {CONTINUES} {remedy}", "param": None}

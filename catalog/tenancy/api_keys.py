@@ -25,7 +25,6 @@ from catalog.tenancy.scopes import OPERATORS, granted
 
 MAX_VALID_KEYS = 100
 """Maximum per project. Each key has its own limits of requests and downloads, so their number must be limited."""
-_NEW_KEY = "`python -m api new-key`"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -174,11 +173,7 @@ def limit(
         _check_limits(caller, given, key=key)
         check_may_change(session, caller, key)
         if key.id == caller.api_key_id and caller.is_limited:
-            raise _exceeds(
-                "Your API key can't change its own limits, because it was created with 'scopes'.",
-                remedy="Use an operator key that was created without 'scopes'.",
-                param="api_key_id",
-            )
+            raise Forbidden("own_limits_not_changeable", param="api_key_id")
         key.requests_per_minute = limits.get("requests_per_minute", key.requests_per_minute)
         key.jobs_per_day = limits.get("jobs_per_day", key.jobs_per_day)
         if highest_priority is not None:
@@ -204,12 +199,10 @@ def _check_num_keys(session: Session, project_id: str, *, now: float, is_rotatio
     if number >= MAX_VALID_KEYS:
         name = session.get_one(Project, project_id).name
         raise Conflict(
-            f"Project {name!r} already has {number} valid keys, and the maximum is {MAX_VALID_KEYS}.",
-            code="too_many_keys",
-            remedy="Rotate with `--overlap 0s` (an 'overlap_seconds' of 0), or first revoke an unused key: `lorry keys "
-            f"list --project {name}` shows when each key was last used."
-            if is_rotation
-            else f"Revoke an unused key: `lorry keys list --project {name}` shows when each key was last used.",
+            "too_many_keys_to_rotate" if is_rotation else "too_many_keys",
+            name=name,
+            number=number,
+            max_valid_keys=MAX_VALID_KEYS,
         )
 
 
@@ -220,12 +213,7 @@ def _check_unused(session: Session, caller: Caller, idempotency_key: str) -> Non
     key_id = session.scalar(select(ApiKey.id).where(*used).limit(1))
     if key_id is not None:
         raise Conflict(
-            f"API key {key_id} was already created with the Idempotency-Key {idempotency_key!r}. Its secret was "
-            "returned only in the first response.",
-            code="idempotency_key_reused",
-            remedy=f"If you lost the secret, revoke the key (`lorry keys revoke {key_id}`) and create another one with "
-            "a new Idempotency-Key.",
-            param="Idempotency-Key",
+            "api_key_already_created", key_id=key_id, idempotency_key=idempotency_key, param="Idempotency-Key"
         )
 
 
@@ -234,17 +222,9 @@ def find(session: Session, caller: Caller, api_key_id: str) -> ApiKey:
     own = select(ApiKey).where(ApiKey.id == api_key_id)
     key = session.scalar(own if caller.is_operator else own.where(ApiKey.project_id == caller.project_id))
     if key is None:
-        raise NotFound(
-            "key",
-            api_key_id,
-            message=f"No API key with the ID {api_key_id!r}."
-            if caller.is_operator
-            else f"No API key in project {caller.project_name!r} has the ID {api_key_id!r}.",
-            remedy="List a project's keys with `lorry keys list --all --project NAME`."
-            if caller.is_operator
-            else "List your project's keys with `lorry keys list --all`. Other projects' keys require an operator key.",
-            param="api_key_id",
-        )
+        if caller.is_operator:
+            raise NotFound("key_not_found", key=api_key_id, param="api_key_id")
+        raise NotFound("key_of_project_not_found", project_name=caller.project_name, key=api_key_id, param="api_key_id")
     return key
 
 
@@ -252,11 +232,8 @@ def _check_kind(caller: Caller, wanted: frozenset[str], *, is_operator: bool) ->
     beyond = sorted(wanted & OPERATORS)
     if beyond and not is_operator:
         raise InvalidRequest(
-            f"Only an operator key can have {_scopes(beyond)}.",
-            code="operator_scope",
-            remedy=f"Omit {_scopes(beyond)}, or set 'is_operator' to true."
-            if caller.is_operator
-            else f"Omit {_scopes(beyond)}, or ask an operator to create an operator key for you.",
+            "operator_scope" if caller.is_operator else "operator_scope_for_operators",
+            beyond=_scopes(beyond),
             param="scopes",
         )
 
@@ -264,25 +241,33 @@ def _check_kind(caller: Caller, wanted: frozenset[str], *, is_operator: bool) ->
 def _check_rights(caller: Caller, wanted: frozenset[str], *, is_operator: bool, changed: ApiKey | None = None) -> None:
     """changed: the key to change; None for a new one. Raises Forbidden."""
     if is_operator and not caller.is_operator:
-        raise _exceeds(
-            "Only an operator key can create an operator key."
-            if changed is None
-            else f"API key {_said(changed)} is an operator key, so only an operator key can change it.",
-            remedy="Set 'is_operator' to false, or use an operator key." if changed is None else "Use an operator key.",
-            param="is_operator" if changed is None else "api_key_id",
+        if changed is None:
+            raise Forbidden("operator_key_beyond_own", param="is_operator")
+        raise Forbidden(
+            "operator_key_not_changeable",
+            changed=_said(changed),
+            param="api_key_id",
         )
     beyond = sorted(wanted - caller.scopes)
     if beyond:
-        holder = "an operator key" if is_operator else "a key"
-        raise _exceeds(
-            f"Your API key can't create a key with {_scopes(beyond)}, because yours lacks "
-            f"{'that scope' if len(beyond) == 1 else 'those scopes'}."
-            if changed is None
-            else f"Your API key can't change API key {_said(changed)}, because yours lacks {_scopes(beyond)}.",
-            remedy=f"Omit {_scopes(beyond)}, or use a key that has {'it' if len(beyond) == 1 else 'them'}."
-            if changed is None
-            else f"Use {holder} that has {_scopes(beyond)}.",
-            param="scopes" if changed is None else "api_key_id",
+        if changed is None:
+            raise Forbidden(
+                "scopes_beyond_own",
+                beyond=_scopes(beyond),
+                param="scopes",
+            )
+        if is_operator:
+            raise Forbidden(
+                "operator_key_scopes_beyond_own",
+                changed=_said(changed),
+                beyond=_scopes(beyond),
+                param="api_key_id",
+            )
+        raise Forbidden(
+            "key_scopes_beyond_own",
+            changed=_said(changed),
+            beyond=_scopes(beyond),
+            param="api_key_id",
         )
 
 
@@ -295,18 +280,12 @@ def check_may_change(session: Session, caller: Caller, key: ApiKey) -> None:
         return
     replaced_by = session.get_one(ApiKey, caller.api_key_id).replaced_by
     if replaced_by is not None:
-        raise Forbidden(
-            f"Your API key {caller.api_key_id} has been rotated, so it can no longer change other keys.",
-            code="key_superseded",
-            remedy=f"Use its replacement, {replaced_by}.",
-        )
+        raise Forbidden("key_superseded", key=caller.api_key_id, replaced_by=replaced_by)
     _check_rights(caller, granted(key.scopes, is_operator=key.is_operator), is_operator=key.is_operator, changed=key)
     if key.scopes is None and caller.is_limited:
-        holder = "an operator key" if key.is_operator else "a key"
-        raise _exceeds(
-            f"API key {_said(key)} was created without 'scopes', so a key that was created with 'scopes', like yours, "
-            "can't change it.",
-            remedy=f"Use {holder} that was created without 'scopes'.",
+        raise Forbidden(
+            "unlimited_operator_key_not_changeable" if key.is_operator else "unlimited_key_not_changeable",
+            key=_said(key),
             param="api_key_id",
         )
 
@@ -319,12 +298,9 @@ def last_operator(key: ApiKey) -> Conflict:
     """Return the error for the revocation of the last operator key, perhaps together with other ones."""
     kept = _kept(key)
     return Conflict(
-        f"API key {_said(key)} can't be revoked, because no other operator key {kept} would be left.",
-        code="last_operator_key",
-        remedy=f"First create another operator key on the server: {_NEW_KEY}. To replace this key, rotate it without "
-        "an expiration."
-        if key.expires_at is None
-        else f"First create another operator key on the server: {_NEW_KEY}.",
+        "last_lasting_operator_key_revoked" if key.expires_at is None else "last_operator_key_revoked",
+        key=_said(key),
+        kept=kept,
         param="api_key_id",
     )
 
@@ -333,11 +309,9 @@ def _expires_last_operator(key: ApiKey, *, can_omit: bool) -> Conflict:
     """can_omit: without 'expires_at', the new key would not expire."""
     kept = _kept(key)
     return Conflict(
-        f"API key {_said(key)} can't be replaced by a key that expires, because no other operator key {kept} exists.",
-        code="last_operator_key",
-        remedy=f"Omit 'expires_at', or first create another operator key on the server: {_NEW_KEY}."
-        if can_omit
-        else f"First create another operator key on the server: {_NEW_KEY}.",
+        "last_operator_key_would_expire" if can_omit else "last_operator_key_replaced",
+        key=_said(key),
+        kept=kept,
         param="expires_at" if can_omit else "api_key_id",
     )
 
@@ -354,11 +328,7 @@ def _said(key: ApiKey) -> str:
 def refuse_browsers(caller: Caller, action: str, reason: str, command: str) -> None:
     """Raises Forbidden in a browser session, for actions whose result would outlive it. command: does the same."""
     if caller.is_browser:
-        raise Forbidden(
-            f"A browser session can't {action}, because {reason}.",
-            code="api_key_required",
-            remedy=f"Use an API key instead, for example with `{command}`.",
-        )
+        raise Forbidden("api_key_required", action=action, reason=reason, command=command)
 
 
 def _end(caller: Caller, old: ApiKey) -> float | None:
@@ -373,18 +343,9 @@ def _check_limits(caller: Caller, limits: Collection[str], *, key: ApiKey | None
     if limits and not caller.is_operator:
         names = listed([repr(name) for name in limits])
         options = " ".join(f"--{name.replace('_', '-')} VALUE" for name in limits)
-        raise Forbidden(
-            f"Only an operator key can set {names}.",
-            code="operator_required",
-            remedy=f"Omit {names}, or use an operator key."
-            if key is None
-            else f"Ask an operator to run `lorry keys update {key.id} {options}`.",
-            param=next(iter(limits)),
-        )
-
-
-def _exceeds(message: str, *, remedy: str, param: str) -> Forbidden:
-    return Forbidden(message, code="exceeds_own_rights", remedy=remedy, param=param)
+        if key is None:
+            raise Forbidden("operator_required_for_limits", names=names, param=next(iter(limits)))
+        raise Forbidden("operator_required_for_key", names=names, key=key.id, options=options, param=next(iter(limits)))
 
 
 def _scopes(scopes: Sequence[str]) -> str:
@@ -396,21 +357,13 @@ def _check_rotatable(caller: Caller, key: ApiKey, now: float) -> None:
         options = " --operator" if key.is_operator else ""
         options += f" --project {key.project_id}" if key.project_id != caller.project_id else ""
         raise Conflict(
-            f"API key {_said(key)} has expired, so it can't be rotated."
-            if key.revoked_at is None
-            else f"API key {_said(key)} was revoked, so it can't be rotated.",
-            code="key_not_live",
-            remedy=f"Create a new key: `lorry keys create NAME{options}`.",
+            "key_expired" if key.revoked_at is None else "key_revoked",
+            key=_said(key),
+            options=options,
             param="api_key_id",
         )
     if key.replaced_by is not None:
-        raise Conflict(
-            f"API key {_said(key)} has already been rotated: its replacement is {key.replaced_by}.",
-            code="key_already_rotated",
-            remedy=f"Rotate the replacement instead: `lorry keys rotate {key.replaced_by}`. If you lost its secret, "
-            "revoke it and create another key.",
-            param="api_key_id",
-        )
+        raise Conflict("key_already_rotated", key=_said(key), replaced_by=key.replaced_by, param="api_key_id")
 
 
 def _expiry(caller: Caller, wanted: float | None, otherwise: float | None, *, now: float) -> float | None:
@@ -418,17 +371,12 @@ def _expiry(caller: Caller, wanted: float | None, otherwise: float | None, *, no
     if wanted is None:
         return otherwise
     if wanted <= now:
-        raise InvalidRequest(
-            f"'expires_at' is {int(wanted)}, which is not in the future: the server's current time is {int(now)}.",
-            code="expires_in_the_past",
-            remedy="Set a later Unix timestamp, in seconds, or omit the field.",
-            param="expires_at",
-        )
+        raise InvalidRequest("expires_in_the_past", wanted=int(wanted), now=int(now), param="expires_at")
     if caller.expires_at is not None and wanted > caller.expires_at:
-        own = "browser session" if caller.is_browser else "API key"
-        raise _exceeds(
-            f"'expires_at' is {int(wanted)}, but your {own} expires earlier, at {int(caller.expires_at)}.",
-            remedy=f"Set 'expires_at' to at most {int(caller.expires_at)}, or use a key that expires later.",
+        raise Forbidden(
+            "expires_after_own_session" if caller.is_browser else "expires_after_own_key",
+            wanted=int(wanted),
+            expires_at=int(caller.expires_at),
             param="expires_at",
         )
     return wanted

@@ -98,8 +98,7 @@ def an_operator(db: Database) -> str:
         live = [key for key in session.scalars(_operators()) if is_live(key, now)]
     if live:
         return min(live, key=lambda key: (key.scopes is not None, key.replaced_by is not None)).id
-    message = "The service has no valid operator key."
-    raise NotFound("operator key", "any", message=message, remedy="Create one: `python -m api new-key`.")
+    raise NotFound("operator_key_not_found")
 
 
 def lasting_operators(session: Session, *, now: float) -> list[ApiKey]:
@@ -217,8 +216,7 @@ def authenticate_browser(db: Database, *, secret: str, pepper: Pepper) -> Caller
         signed_in = _owned().add_columns(SignIn.expires_at).join(SignIn, SignIn.api_key_id == ApiKey.id).where(*live)
         found = session.execute(signed_in).one_or_none()
         if found is None or not is_live(found[0], now):
-            remedy = "Sign in again, with an API key or with a new link from `lorry sign-in-link`."
-            raise _refused("Your browser session has ended.", remedy=remedy, reason="session_ended")
+            raise Unauthorized("browser_session_ended", reason="session_ended")
         key, project, organization, end = found
         return replace(_caller(key, project, organization), is_browser=True, expires_at=min(end, key.expires_at or end))
 
@@ -270,14 +268,7 @@ def _owned() -> Select[ApiKey, Project, Organization]:
 def _caller(key: ApiKey, project: Project, organization: Organization) -> Caller:
     """Return the caller with this key. Raises Unauthorized if the project is archived."""
     if project.archived_at is not None:
-        raise Unauthorized(
-            f"This API key belongs to project {project.name!r}, which is archived.",
-            code="project_archived",
-            remedy="Use another project's key, or ask an operator to restore this project: `lorry projects restore "
-            f"{project.name}`.",
-            reason="project_archived",
-            api_key_id=key.id,
-        )
+        raise Unauthorized("project_archived", project=project.name, reason="project_archived", api_key_id=key.id)
     return Caller(
         api_key_id=key.id,
         project_id=project.id,
@@ -297,22 +288,8 @@ def _caller(key: ApiKey, project: Project, organization: Organization) -> Caller
 
 def _key_refused(reason: RejectionReason, *, api_key_id: str | None = None) -> Unauthorized:
     """Return the error, which is the same for every reason. The reason is only counted and logged."""
-    remedy = (
-        "Check that you copied the whole key, which begins with 'lorry_key-'. If it has expired or was revoked, ask an "
-        "operator for a new one. OpenAI keys do not work."
-    )
-    return _refused("The API key is not valid.", remedy=remedy, reason=reason, api_key_id=api_key_id)
+    return Unauthorized("invalid_api_key", reason=reason, api_key_id=api_key_id)
 
 
 def _link_refused() -> Unauthorized:
-    return Unauthorized(
-        "This sign-in link was already used, has expired, is incomplete, or belongs to an API key that is no longer "
-        "valid.",
-        code="invalid_sign_in_link",
-        remedy="Create a new link: `lorry sign-in-link`, or `python -m api sign-in-link` on the server.",
-        reason="sign_in_link",
-    )
-
-
-def _refused(message: str, *, remedy: str, reason: RejectionReason, api_key_id: str | None = None) -> Unauthorized:
-    return Unauthorized(message, code="invalid_api_key", remedy=remedy, reason=reason, api_key_id=api_key_id)
+    return Unauthorized("invalid_sign_in_link", reason="sign_in_link")

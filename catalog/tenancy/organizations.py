@@ -82,9 +82,7 @@ def find(
         named = named.where(Organization.id == caller.organization_id)
     row = session.scalar(named)
     if row is None:
-        message = f"No organization with the ID or name {organization!r}."
-        remedy = "Choose an organization from `lorry organizations list`."
-        raise NotFound("organization", organization, message=message, param=param, remedy=remedy)
+        raise NotFound("organization_not_found", organization=organization, param=param)
     return row
 
 
@@ -109,19 +107,9 @@ def check_name(name: str, thing: str, *, id_prefix: str) -> None:
     """
     if not LABEL.match(name):
         fault = label_fault(name)
-        raise InvalidRequest(
-            f"{name[:80]!r} is not a valid name for {thing}: {fault}.",
-            code="invalid_name",
-            remedy="Use at most 64 letters (A-Z), digits, dots, underscores and hyphens. Start with a letter or digit.",
-            param="name",
-        )
+        raise InvalidRequest("invalid_name", name=name[:80], thing=thing, fault=fault, param="name")
     if name.startswith(f"{id_prefix}-"):
-        raise InvalidRequest(
-            f"{name!r} is not a valid name for {thing}, because it looks like an ID.",
-            code="invalid_name",
-            remedy=f"Choose a name that does not start with '{id_prefix}-'.",
-            param="name",
-        )
+        raise InvalidRequest("name_looks_like_id", name=name, thing=thing, id_prefix=id_prefix, param="name")
 
 
 def _named(session: Session, name: str) -> Organization | None:
@@ -141,9 +129,4 @@ def _note(session: Session, type: AuditType, row: Organization, *, now: float, d
 
 
 def _name_taken(existing: Organization) -> Conflict:
-    return Conflict(
-        f"Organization {existing.name!r} already exists, with the ID {existing.id}.",
-        code="organization_exists",
-        remedy="Choose another name: `lorry organizations list` shows those in use.",
-        param="name",
-    )
+    return Conflict("organization_exists", name=existing.name, id=existing.id, param="name")

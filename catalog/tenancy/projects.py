@@ -110,14 +110,7 @@ def archive(db: Database, *, caller: Caller, project: str) -> Project:
         now = read_clock(session)
         if row.archived_at is None:
             if all(key.project_id == row.id for key in lasting_operators(session, now=now)):
-                raise Conflict(
-                    f"Project {row.name!r} can't be archived, because no other project has an operator key with every "
-                    "scope and no expiration.",
-                    code="last_operator_key",
-                    remedy="First create one in another project: `lorry keys create NAME --operator --project OTHER` "
-                    "with such a key, or `python -m api new-key --project OTHER` on the server.",
-                    param="project",
-                )
+                raise Conflict("project_of_last_operator_key", name=row.name, param="project")
             row.archived_at = now
             _note(session, "project.archived", row, now=now)
         return row
@@ -154,18 +147,9 @@ def find(
         named = named.where(Project.organization_id == shared_in.id)
     row = session.scalar(named if caller.is_operator else named.where(Project.id == caller.project_id))
     if row is None:
-        raise NotFound(
-            "project",
-            project,
-            message=f"No project with the ID or name {project!r}."
-            if shared_in is None
-            else f"No project in organization {shared_in.name!r} has the ID or name {project!r}.",
-            param=param,
-            remedy=f"Choose a project from `{listed_by}`."
-            if shared_in is None
-            else f"Choose a project in organization {shared_in.name!r} from `lorry projects list`: a model can be "
-            "shared only within its organization.",
-        )
+        if shared_in is None:
+            raise NotFound("project_not_found", project=project, listed_by=listed_by, param=param)
+        raise NotFound("project_of_organization_not_found", shared_in=shared_in.name, project=project, param=param)
     return row
 
 
@@ -192,11 +176,9 @@ def _note(session: Session, type: AuditType, row: Project, *, now: float, detail
 
 def _name_taken(existing: Project) -> Conflict:
     return Conflict(
-        f"Project {existing.name!r} already exists, with the ID {existing.id}."
-        if existing.archived_at is None
-        else f"Archived project {existing.name!r} already exists, with the ID {existing.id}.",
-        code="project_exists",
-        remedy="Choose another name: `lorry projects list --archived` shows those in use.",
+        "project_exists" if existing.archived_at is None else "archived_project_exists",
+        name=existing.name,
+        id=existing.id,
         param="name",
     )
 
@@ -204,12 +186,7 @@ def _name_taken(existing: Project) -> Conflict:
 def set_weight(db: Database, *, caller: Caller, project: str, weight: float) -> Project:
     """Set the project's fair-share weight. Raises NotFound, and InvalidRequest for an invalid weight."""
     if not (math.isfinite(weight) and weight > 0):
-        raise InvalidRequest(
-            f"'weight' is {weight}, but must be a finite number greater than 0.",
-            code="invalid_weight",
-            remedy="Use a number greater than 0. The default is 1.",
-            param="weight",
-        )
+        raise InvalidRequest("invalid_project_weight", weight=weight, param="weight")
     with db.write() as session:
         row = find(session, caller=caller, project=project)
         _note(session, "project.updated", row, now=read_clock(session), details={"weight": weight, "was": row.weight})

@@ -75,11 +75,7 @@ OPTIONS: dict[Limit, str] = {
 REMEDIES: dict[Limit, str] = {
     "concurrent_jobs": "Wait until a running job finishes.",
     "queued_jobs": "Wait until a queued job starts, or cancel one.",
-    "jobs_per_day": "Submit the job after the usage resets.",
-    "device_hours_per_month": "Submit the job after the usage resets.",
     "stored_bytes": "Delete files, adapters or exports that you no longer need.",
-    "plans_per_day": "Create the plan after the usage resets.",
-    "tokens_per_day": "Send the request after the usage resets.",
 }
 NEEDING = "this request needs"
 PREPARE_LESS = "Use smaller files, or cancel jobs and delete plans whose files still have to be prepared."
@@ -231,11 +227,12 @@ def _too_high(owner: str, highest: int, priority: Priority, commands: Sequence[s
     """owner: who has the lowest maximum, `highest`. commands: raise each maximum that is below the priority."""
     allowed = PriorityClass(highest).name
     raising = listed([f"`{command} --highest-priority {priority}`" for command in commands])
-    lower = "" if highest == max(PriorityClass) else " or a lower priority"
     return Forbidden(
-        f"Priority {priority!r} is higher than {allowed!r}, the maximum for {owner}.",
-        code="priority_too_high",
-        remedy=f"Use {allowed!r}{lower}, or ask an operator to raise the maximum: {raising}.",
+        "priority_too_high_for_highest" if highest == max(PriorityClass) else "priority_too_high",
+        priority=priority,
+        allowed=allowed,
+        owner=owner,
+        raising=raising,
         param="priority",
     )
 
@@ -309,35 +306,24 @@ def check_key(session: Session, caller: Caller, *, num_jobs: int = 1, now: float
     serialize(session, f"jobs a day {caller.api_key_id}")
     promised = 0 if is_promised else _promised(session, caller.api_key_id)  # before jobs: trials become jobs
     since = (Job.created_by == caller.api_key_id, Job.created_at > now - DAY_SECONDS)
-    raised = f"An operator can raise the key's limit: `lorry keys update {caller.api_key_id} --jobs-per-day N`."
-    key = f"API key {caller.name!r} ({caller.api_key_id})"
-    message, code = (
-        f"{key} has reached its limit of {counted(maximum, 'job')} per day."
-        if num_jobs == 1
-        else f"With the {num_jobs:,} jobs of this request, {key} would exceed its limit of {counted(maximum, 'job')} "
-        "per day.",
-        "rate_limit_exceeded",
-    )
-    if promised:
-        message += f" The limit also counts {counted(promised, 'trial')} that its sweeps have not created yet."
+    key = f"{caller.name!r} ({caller.api_key_id})"
+    names = {"key": key, "key_id": caller.api_key_id, "limit": counted(maximum, "job")}
     num_more = num_jobs + promised
+    if num_more > maximum and promised:
+        values = {**names, "num_promised": promised}
+        raise RateLimited("daily_jobs_promised_to_sweeps", **values, retry_after_seconds=math.inf, headers=None)
     if num_more > maximum:
-        if not promised:
-            message = (
-                f"This request needs {num_jobs:,} jobs, but {key} is limited to {counted(maximum, 'job')} per day."
-            )
-        fewer = (
-            "Request fewer jobs, or close or cancel sweeps" if promised and num_jobs > 1 else "Close or cancel sweeps"
-        )
-        remedy = f"{fewer if promised else 'Request fewer jobs'}. {raised}"
-        raise RateLimited(message, code=code, remedy=remedy, retry_after_seconds=math.inf, headers={})
+        values = {**names, "num_jobs": num_jobs}
+        raise RateLimited("daily_jobs_fewer_than_requested", **values, retry_after_seconds=math.inf, headers=None)
     latest = select(Job.created_at).where(*since).order_by(Job.created_at.desc())
     earliest = session.scalar(latest.offset(maximum - num_more).limit(1))
     if earliest is not None:
         again = earliest + DAY_SECONDS
-        fewer = " or request fewer jobs" if num_jobs > 1 else ""
-        remedy = f"Try again at {utc_time(again)}{',' if fewer else ''}{fewer}. {raised}"
-        raise RateLimited(message, code=code, remedy=remedy, retry_after_seconds=again - now, headers={})
+        name = "daily_jobs_reached" if num_jobs == 1 else "daily_jobs_exceeded"
+        values = {**names, "num_jobs": num_jobs, "num_promised": promised, "time": utc_time(again)}
+        raise RateLimited(
+            f"{name}_with_sweeps" if promised else name, **values, retry_after_seconds=again - now, headers=None
+        )
 
 
 def _promised(session: Session, api_key_id: str) -> int:
@@ -409,39 +395,38 @@ def exceeded(
 
     needing: for the message, what needs them. key_id: the key that has reached the quota, if the quota counts by key.
     """
-    used = _number(status.used)
-    resets = f" The usage resets at {utc_time(status.resets_at)}." if status.resets_at is not None else ""
-    limit = status.describe()
+    name = "quota_reached" if key_id is None else "quota_of_key_reached"
     return refusal(
-        f"Project {project.name!r} is limited to {limit}. It already uses {used}, and {needing} {num_more:,} more."
-        f"{resets}"
-        if num_more
-        else f"Project {project.name!r} has reached its limit of {limit} (current usage: {used}).{resets}"
-        if key_id is None
-        else f"API key {key_id} has reached its limit of {limit} in project {project.name!r} (current usage: {used})."
-        f"{resets}",
-        remedy=_remedy(status, num_more, needing),
+        "quota_would_be_exceeded" if num_more else name,
         project=project,
         status=status,
         now=now,
+        used=_number(status.used),
+        advice=_advice(status, num_more, needing),
+        needing=needing,
+        num_more=num_more,
+        key=key_id or "",
     )
 
 
-def _remedy(status: QuotaStatus, num_more: int, needing: str) -> str:
-    """Return what helps other than a higher limit; empty if nothing does."""
+def _advice(status: QuotaStatus, num_more: int, needing: str) -> str:
+    """Return what helps other than a higher limit, as a sentence."""
     if not status.limit:
-        return ""
+        return "A limit of 0 allows none."
     if num_more > status.limit:
         return "Use smaller files." if needing == NEEDING else PREPARE_LESS
+    if status.resets_at is not None:
+        return f"Wait until the usage resets at {utc_time(status.resets_at)}."
     return REMEDIES[status.name]
 
 
-def refusal(message: str, *, remedy: str, project: Project, status: QuotaStatus, now: float) -> QuotaExceeded:
-    raised = f"An operator can raise the limit: `lorry projects update {project.name} {OPTIONS[status.name]} N`."
+def refusal(name: str, /, *, project: Project, status: QuotaStatus, now: float, **values: str | float) -> QuotaExceeded:
+    """name: of the text. The values for its project, limit and option are added."""
     return QuotaExceeded(
-        message,
-        code="quota_exceeded",
-        remedy=" ".join(filter(None, (remedy, raised))),
+        name,
+        project=project.name,
+        limit=status.describe(),
+        option=OPTIONS[status.name],
         retry_after_seconds=math.inf if status.resets_at is None else status.resets_at - now,
         quota={
             "name": status.name,
@@ -449,6 +434,7 @@ def refusal(message: str, *, remedy: str, project: Project, status: QuotaStatus,
             "used": status.used,
             "resets_at": None if status.resets_at is None else int(status.resets_at),
         },
+        **values,
     )
 
 

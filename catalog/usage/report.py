@@ -79,13 +79,7 @@ def report(db: Database, *, caller: Caller, query: UsageQuery) -> Report:
         first, last = ledger.day_of(query.start_time), ledger.day_of(end_time - 1e-6)
         if query.page is not None:
             if query.page > last:
-                raise InvalidRequest(
-                    f"'page' is '{query.page}', which is beyond the last page of this report.",
-                    code="invalid_value",
-                    remedy="Set 'page' to the 'next_page' of the previous response, and leave 'start_time' and "
-                    "'end_time' unchanged. Omit 'page' for the first page.",
-                    param="page",
-                )
+                raise InvalidRequest("page_beyond_end", page=query.page, param="page")
             first = max(first, query.page)
         past = min(last + 1, first + query.num_days)
         seen = _seen(session, caller, query)
@@ -97,13 +91,9 @@ def _check_period(query: UsageQuery, until: float) -> None:
     """until: of the query, or the current time. Raises InvalidRequest if the period ends before it begins."""
     if until <= query.start_time:
         raise InvalidRequest(
-            f"'start_time' ({query.start_time:.0f}) is in the future: the server's current time is {until:.0f}."
-            if query.end_time is None
-            else f"'start_time' ({query.start_time:.0f}) must be earlier than 'end_time' ({until:.0f}).",
-            code="invalid_value",
-            remedy="Set 'start_time' to an earlier Unix timestamp, in seconds."
-            if query.end_time is None
-            else "Set an earlier 'start_time' or a later 'end_time', as Unix timestamps in seconds.",
+            "start_time_in_future" if query.end_time is None else "start_time_after_end_time",
+            start_time=query.start_time,
+            until=until,
             param="start_time",
         )
 

@@ -127,15 +127,10 @@ def _find(session: Session, *, project_id: str, delivery_id: str) -> tuple[Webho
         )
     ).first()
     if found is None:
-        remedy = "List an endpoint's deliveries from the last 30 days with `lorry webhooks deliveries ENDPOINT`."
-        raise NotFound("webhook delivery", delivery_id, remedy=remedy)
+        raise NotFound("webhook_delivery_not_found", delivery_id=delivery_id)
     return found[0], found[1]
 
 
 def _check_open(endpoint: WebhookEndpoint) -> None:
     if endpoint.disabled_at is not None:
-        raise Conflict(
-            f"Webhook endpoint {endpoint.name!r} is disabled, so no deliveries can be replayed to it.",
-            code="webhook_endpoint_disabled",
-            remedy=f"Enable the endpoint first: `lorry webhooks enable {endpoint.id}`.",
-        )
+        raise Conflict("webhook_endpoint_disabled", endpoint=endpoint.name, endpoint_id=endpoint.id)

@@ -27,7 +27,6 @@ MAX_ENDPOINTS = 20
 """Maximum per project. Each event is written once for each endpoint."""
 REPEAT_SECONDS = 600.0
 """How long a client's retry has the same response as its first request."""
-DAY = 86_400.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -193,7 +192,7 @@ def find(
     wanted = select(WebhookEndpoint).where(WebhookEndpoint.id == endpoint_id, WebhookEndpoint.project_id == project_id)
     row = session.scalar(wanted.with_for_update(key_share=True) if lock else wanted)
     if row is None or (row.deleted_at is not None and not include_deleted):
-        raise NotFound("webhook endpoint", endpoint_id, remedy="Choose an endpoint from `lorry webhooks list`.")
+        raise NotFound("webhook_endpoint_not_found", endpoint_id=endpoint_id)
     return row
 
 
@@ -209,8 +208,4 @@ def _distinct(event_types: Sequence[EventType]) -> list[EventType]:
 
 
 def _too_many() -> Conflict:
-    return Conflict(
-        f"The project has reached its limit of {MAX_ENDPOINTS} webhook endpoints.",
-        code="too_many_webhook_endpoints",
-        remedy="Delete an endpoint that you no longer need: `lorry webhooks delete WEBHOOK`.",
-    )
+    return Conflict("too_many_webhook_endpoints", max_endpoints=MAX_ENDPOINTS)

@@ -27,11 +27,7 @@ class UrlLost(Conflict):
     """The endpoint's URL can't be decrypted."""
 
     def __init__(self, endpoint_id: str) -> None:
-        super().__init__(
-            f"The URL of webhook endpoint {endpoint_id} can't be decrypted, because the service's pepper has changed.",
-            code="webhook_url_lost",
-            remedy=f"Set the URL again: `lorry webhooks update {endpoint_id} --url URL`.",
-        )
+        super().__init__("webhook_url_lost", endpoint_id=endpoint_id)
 
 
 def put(endpoint: WebhookEndpoint, url: str, *, peppers: Sequence[bytes]) -> None:

@@ -31,12 +31,7 @@ class SecretLost(Conflict):
     """The secret that the endpoint's owner has can't be recreated any more."""
 
     def __init__(self, endpoint_id: str) -> None:
-        super().__init__(
-            f"The signing secret for webhook endpoint {endpoint_id} can't be recovered, because the service's pepper "
-            "has changed.",
-            code="webhook_secret_lost",
-            remedy=f"Create a new secret: `lorry webhooks rotate-secret {endpoint_id} --overlap 0s`.",
-        )
+        super().__init__("webhook_secret_lost", endpoint_id=endpoint_id)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

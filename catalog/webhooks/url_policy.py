@@ -80,82 +80,63 @@ def target_of(url: str, rules: Rules) -> WebhookTarget:
         host = parts.hostname or ""
         literal = ip_address(host) if ":" in host else _ipv4(host)
     except ValueError:
-        raise _bad(
-            "The host in 'url' has brackets, but is not a valid IPv6 address.",
-            remedy="Use a valid address such as https://[2606:4700::1111]/hooks, or a host name without brackets.",
-        ) from None
+        raise InvalidRequest("webhook_ipv6_invalid", param="url") from None
     _check_parts(url, parts, rules)
     if literal is None and not HOST.fullmatch(host):
-        raise _bad(
-            f"The host name in 'url' is {host!r}, which is not valid." if host else "'url' has no host name.",
-            remedy="Use a host name of letters, digits, '.', '-' and '_', as in https://hooks.example.com/.",
-        )
+        if host:
+            raise InvalidRequest("webhook_host_invalid", host=host, param="url")
+        raise InvalidRequest("webhook_host_missing", param="url")
     port = _port_of(parts)
     if literal is not None and (blocked := blocked_address(literal, rules)):
-        raise _bad(
-            f"'url' points to {blocked}, which is not a public IP address.",
-            code="webhook_address_not_allowed",
-            remedy=OPENED,
-        )
+        raise InvalidRequest("webhook_address_not_allowed", blocked=str(blocked), param="url")
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
     return WebhookTarget(scheme=parts.scheme, host=host, port=port, path=path)
 
 
 def _check_characters(url: str) -> None:
     if not url:
-        raise _bad("'url' is empty.")
+        raise InvalidRequest("webhook_url_empty", param="url")
     if len(url) > MAX_URL:
-        raise _bad(
-            f"'url' has {len(url):,} characters, but the maximum is {MAX_URL:,}.",
-            remedy=f"Shorten the URL to at most {MAX_URL:,} characters.",
-        )
+        raise InvalidRequest("webhook_url_too_long", num_url=len(url), max_url=MAX_URL, param="url")
     if (found := FORBIDDEN.search(url)) is None:
         return
     is_in_host = not any(mark in url[: found.start()].partition("://")[2] for mark in "/?#")
-    raise _bad(
-        f"'url' contains {found[0]!r} at character {found.start() + 1}, but only printable ASCII characters other than "
-        "the backslash are allowed.",
-        remedy="Remove the character. In an international host name, use Punycode instead (xn--…)."
-        if is_in_host
-        else "Remove the character, or percent-encode it (a space is %20).",
+    raise InvalidRequest(
+        "webhook_host_character" if is_in_host else "webhook_url_character",
+        found=found[0],
+        start=found.start() + 1,
+        param="url",
     )
 
 
 def _check_parts(url: str, parts: SplitResult, rules: Rules) -> None:
     if parts.scheme == "http" and not rules.allow_http:
-        raise _bad(
-            "'url' starts with http://, but must start with https://.",
-            remedy="Use an https:// URL, or ask the operator to allow HTTP with LORRY_WEBHOOK_ALLOW_HTTP=true.",
-        )
+        raise InvalidRequest("webhook_url_is_http", param="url")
     if parts.scheme not in PORTS:
-        required = "https:// or http://" if rules.allow_http else "https://"
         has_scheme = url.lower().startswith(f"{parts.scheme}://")
-        raise _bad(
-            f"'url' starts with {parts.scheme}://, but must start with {required}."
-            if has_scheme
-            else f"'url' must start with {required}."
-        )
+        if has_scheme:
+            if rules.allow_http:
+                raise InvalidRequest("webhook_scheme_not_http_or_https", scheme=parts.scheme, param="url")
+            raise InvalidRequest("webhook_scheme_not_https", scheme=parts.scheme, param="url")
+        if rules.allow_http:
+            raise InvalidRequest("webhook_url_without_http_or_https", param="url")
+        raise InvalidRequest("webhook_url_without_https", param="url")
     if "@" in parts.netloc:
-        raise _bad(
-            "'url' contains a user name or a password (the text before '@'), which is not allowed.",
-            remedy="Remove the text up to the '@'. To authenticate messages, verify their webhook signature instead.",
-        )
+        raise InvalidRequest("webhook_url_with_password", param="url")
     if "#" in url:
-        raise _bad(
-            f"'url' contains a fragment ('#' at character {url.index('#') + 1}), which is not allowed.",
-            remedy="Remove the '#' and the text after it.",
-        )
+        raise InvalidRequest("webhook_url_with_fragment", index=url.index("#") + 1, param="url")
 
 
 def _port_of(parts: SplitResult) -> int:
-    remedy = f"Use port 80 or 443, or a port from {LOWEST_FREE_PORT} to 65535."
     try:
         port = PORTS[parts.scheme] if parts.port is None else parts.port
     except ValueError:
         named = parts.netloc.rpartition(":")[2]
-        raise _bad(f"The port in 'url' is {named!r}, which is not a number from 0 to 65535.", remedy=remedy) from None
+        raise InvalidRequest(
+            "webhook_port_invalid", named=named, lowest_free_port=LOWEST_FREE_PORT, param="url"
+        ) from None
     if port not in PORTS.values() and port < LOWEST_FREE_PORT:
-        raise _bad(f"'url' uses port {port}, which is not allowed.", remedy=remedy)
+        raise InvalidRequest("webhook_port_not_allowed", port=port, lowest_free_port=LOWEST_FREE_PORT, param="url")
     return port
 
 
@@ -193,9 +174,3 @@ def _ipv4(host: str) -> IPv4Address | None:
         return IPv4Address(host)
     except ValueError:
         return None
-
-
-def _bad(
-    message: str, *, code: str = "invalid_webhook_url", remedy: str = "Use a URL such as https://example.com/hooks."
-):
-    return InvalidRequest(message, code=code, remedy=remedy, param="url")

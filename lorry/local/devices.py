@@ -31,11 +31,7 @@ def choose(wanted: str | None) -> list[str]:
     chosen = chosen if wrong else [str(int(part)) for part in chosen]
     wrong = wrong or [f"GPU {part} is listed more than once" for part in chosen if chosen.count(part) > 1]
     if wrong:
-        raise LorryError(
-            f"--devices is {wanted!r}, but must be 'cpu' or a list of different GPU numbers: {wrong[0]}.",
-            code="bad_devices",
-            remedy="Use `--devices cpu`, or for example `--devices 0,1`.",
-        )
+        raise LorryError("bad_devices", wanted=wanted, wrong=wrong[0])
     _require(chosen)
     return chosen
 
@@ -54,9 +50,9 @@ def _require(chosen: list[str]) -> None:
     missing = [gpu for gpu in chosen if gpu not in listed]
     if missing:
         raise LorryError(
-            f"This machine has no GPU {', '.join(missing)} (available: {', '.join(listed) or 'none'}).",
-            code="bad_devices",
-            remedy="Use numbers of available GPUs, or `--devices cpu`." if listed else "Use `--devices cpu`.",
+            "gpu_missing" if listed else "gpu_missing_on_cpu_machine",
+            missing=", ".join(missing),
+            listed=", ".join(listed) or "none",
         )
 
 
@@ -81,9 +77,5 @@ def _listed() -> list[str]:
         if not DRIVER.exists():
             return []
         reason = error.stdout if isinstance(error, subprocess.CalledProcessError) else error
-        raise LorryError(
-            f"nvidia-smi does not list the GPUs of this machine: {str(reason).strip()}",
-            code="gpus_not_found",
-            remedy="Repair the driver, name the GPUs with --devices, or train on the CPU with `--devices cpu`.",
-        ) from error
+        raise LorryError("gpus_not_found", reason=str(reason).strip()) from error
     return [line.strip() for line in listed if line.strip().isdigit()]

@@ -73,9 +73,10 @@ def _has_open(pid: int, file: os.stat_result) -> bool:
 
 
 def _held(data_dir: Path, holder: str) -> LorryError:
+    if holder:
+        return LorryError(
+            "already_running", data_dir=str(data_dir), holder=holder, quoted_data_dir=shlex.quote(str(data_dir))
+        )
     return LorryError(
-        f"Lorry is already running in the data folder {data_dir}{f' (process {holder})' if holder else ''}.",
-        code="already_running",
-        remedy=f"Use the running service, stop it with `lorry down --data-dir {shlex.quote(str(data_dir))}`, or choose "
-        "another folder with --data-dir.",
+        "already_running_unknown_process", data_dir=str(data_dir), quoted_data_dir=shlex.quote(str(data_dir))
     )

@@ -22,21 +22,13 @@ def listen(host: str, port: int | None) -> socket.socket:
     if port is not None:
         listener = _open(host, port)
         if listener is None:
-            raise LorryError(
-                f"Port {port} on {host} is already in use.",
-                code="port_in_use",
-                remedy="Choose another port with --port, or omit --port to use the next free one.",
-            )
+            raise LorryError("port_in_use", port=port, host=host)
         return listener
     for candidate in range(DEFAULT_PORT, DEFAULT_PORT + _PORTS_TRIED):
         listener = _open(host, candidate)
         if listener is not None:
             return listener
-    raise LorryError(
-        f"All ports from {DEFAULT_PORT} to {DEFAULT_PORT + _PORTS_TRIED - 1} on {host} are in use.",
-        code="port_in_use",
-        remedy="Choose a free port outside this range with --port.",
-    )
+    raise LorryError("default_ports_in_use", first=DEFAULT_PORT, last=DEFAULT_PORT + _PORTS_TRIED - 1, host=host)
 
 
 def free(host: str, first: int) -> int:
@@ -44,11 +36,7 @@ def free(host: str, first: int) -> int:
     for candidate in range(first, first + _PORTS_TRIED):
         if is_free(host, candidate):
             return candidate
-    raise LorryError(
-        f"All ports from {first} to {first + _PORTS_TRIED - 1} on {host} are in use.",
-        code="port_in_use",
-        remedy="Stop a program that uses one of them.",
-    )
+    raise LorryError("last_ports_in_use", first=first, last=first + _PORTS_TRIED - 1, host=host)
 
 
 def is_free(host: str, port: int) -> bool:
@@ -103,10 +91,6 @@ def _open(host: str, port: int) -> socket.socket | None:
             return None
         needs_root = error.errno == errno.EACCES
         raise LorryError(
-            f"Can't listen on {host} port {port}: {error.strerror or error}.",
-            code="bad_host",
-            remedy="Choose a port above 1023 with --port, or run the command as root."
-            if needs_root
-            else "Set --host to an address of this machine, such as 127.0.0.1 or 0.0.0.0.",
+            "port_needs_root" if needs_root else "bad_host", host=host, port=port, strerror=str(error.strerror or error)
         ) from error
     return listener

@@ -33,11 +33,7 @@ def check_installed() -> None:
     """Raises LorryError if this environment has only the client, or the server without the libraries of a worker."""
     missing = [name for name in _NEEDED if not _is_installed(name)]
     if missing:
-        raise LorryError(
-            f"This Python environment lacks packages that the service needs: {', '.join(missing)}.",
-            code="server_not_installed",
-            remedy=_INSTALL,
-        )
+        raise LorryError("server_not_installed", missing=", ".join(missing), install=_INSTALL)
 
 
 def _is_installed(name: str) -> bool:
@@ -129,14 +125,9 @@ class LocalService:
                 result = f"was killed by {signal.Signals(-done.returncode).name}"
             elif done.returncode > 0:
                 result = f"failed (exit status {done.returncode})"
-            output = f"Its output ends with:\n{last}" if last else "It printed nothing."
-            raise LorryError(
-                f"`python -m api {arguments[0]}` {result}. {output}",
-                code="service_failed",
-                remedy="Fix the reported problem, then run `lorry up` again."
-                if last
-                else "Run `lorry up` again. If this recurs, check whether the machine runs out of memory.",
-            )
+            if last:
+                raise LorryError("service_command_failed", arguments=arguments[0], result=result, last=last)
+            raise LorryError("service_command_failed_silently", arguments=arguments[0], result=result)
         return cast("dict[str, Any]", parsed)
 
 
@@ -159,11 +150,7 @@ def _field(answer: Mapping[str, Any], name: str, *, command: str) -> str:
     """Return a field of a command's output. Raises LorryError if it is missing."""
     value = answer.get(name)
     if not isinstance(value, str):
-        raise LorryError(
-            f"The output of `python -m api {command}` does not contain the field '{name}'.",
-            code="service_failed",
-            remedy=_INSTALL,
-        )
+        raise LorryError("service_output_incomplete", command=command, name=name, install=_INSTALL)
     return value
 
 

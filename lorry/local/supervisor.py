@@ -254,12 +254,9 @@ def _kill(processes: Sequence[Process]) -> None:
 
 def _failed(api: Process, what: str) -> LorryError:
     tail = _indented(api.log_tail())
-    log = f"Its log ends with:\n{tail}" if tail else "Its log is empty."
-    return LorryError(
-        f"The API server {what}. {log}",
-        code="service_failed",
-        remedy=f"Find the cause in logs/{api.name}.log in the data folder, fix it, then run `lorry up` again.",
-    )
+    if tail:
+        return LorryError("api_server_failed", event=what, tail=tail, api=api.name)
+    return LorryError("api_server_failed_silently", event=what, api=api.name)
 
 
 def _indented(text: str) -> str:

@@ -110,11 +110,7 @@ class Adapters(Resource):
         while True:
             found = next((one for one in self.deployments(name) if one.endpoint_id == endpoint_id), None)
             if found is None or found.state == "removing":
-                raise LorryError(
-                    f"The deployment of {name} was removed.",
-                    code="deployment_not_found",
-                    remedy="Deploy the adapter again.",
-                )
+                raise LorryError("deployment_removed", name=name)
             if on_progress is not None:
                 on_progress(found)
             if found.state in ("ready", "failed"):

@@ -47,9 +47,7 @@ class AnswerStream(Iterator[str]):
                 for choice in chunk["choices"]:
                     if text := choice["delta"].get("content") if "delta" in choice else choice["text"]:
                         yield text
-        raise ConnectionFailed(
-            "The response stream ended early.", code="connection_failed", remedy="Send the request again."
-        )
+        raise ConnectionFailed("answer_stream_ended")
 
 
 class Chat(Resource):

@@ -70,9 +70,7 @@ class AdapterExports(Resource):
             timeout_seconds=timeout_seconds,
             poll_seconds=poll_seconds,
             timeout=lambda export: WaitTimeout(
-                f"Export {export_id} did not finish within {timeout_seconds:g} s. Its status is {export.status!r}.",
-                code="wait_timeout",
-                remedy="Wait again. If `lorry workers list` shows no running worker, start one with `lorry worker`.",
+                "export_timeout", export_id=export_id, timeout_seconds=timeout_seconds or 0, state=export.status
             ),
         )
         if export.status != "succeeded":
@@ -123,11 +121,7 @@ class AdapterExports(Resource):
                 on_progress(num_read)
         if digest.hexdigest() != file.digest or num_read != file.num_bytes:
             draft.unlink()
-            raise BadDownload(
-                f"The downloaded file {file.path} of export {export_id} does not match its SHA-256 digest.",
-                code="digest_mismatch",
-                remedy="Try again. If this recurs, delete the export and create it again.",
-            )
+            raise BadDownload("export_digest_mismatch", path=file.path, export_id=export_id)
         draft.rename(path)
 
 
@@ -138,12 +132,8 @@ def _of(adapter: str, *rest: str) -> tuple[str, ...]:
 def _failure(export: AdapterExport) -> LorryError:
     error = export.error
     if error is None:
-        return LorryError(
-            f"Export {export.id} was {export.status}.",
-            code=f"export_{export.status}",
-            remedy="Create the export again.",
-        )
-    return LorryError(error.message, code=error.code or "export_failed", remedy=error.remedy)
+        return LorryError("export_ended", export=export.id, state=export.status)
+    return LorryError.from_report(code=error.code or "export_failed", message=error.message, remedy=error.remedy)
 
 
 def _is_complete(path: Path, file: FileEntry) -> bool:

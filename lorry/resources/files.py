@@ -76,12 +76,7 @@ class Files(Resource):
             out.write(piece)
             digest.update(piece)
         if digest.hexdigest() != file.digest:
-            raise BadDownload(
-                f"The downloaded content of {file.id} does not match the file's SHA-256 digest.",
-                code="bad_download",
-                remedy="Nothing was saved. Download the file again. If this recurs, ask the operator to check the "
-                "service's files with `python -m api verify`.",
-            )
+            raise BadDownload("bad_download", file=file.id)
 
     def report(self, file_id: str, *, model: str) -> dict[str, Any]:
         """Return the data report of the file as tokenized for `model`: rows, tokens, truncated rows and so on."""

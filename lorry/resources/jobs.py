@@ -150,10 +150,7 @@ class Jobs(Resource):
             timeout_seconds=timeout_seconds,
             poll_seconds=poll_seconds,
             timeout=lambda job: WaitTimeout(
-                f"Job {job_id} did not finish within {timeout_seconds:g} s. Its status is {job.status!r}.",
-                code="wait_timeout",
-                remedy=f"Wait again, check the job with `lorry jobs why {job_id}`, or cancel it with "
-                f"`lorry jobs cancel {job_id}`.",
+                "job_timeout", job_id=job_id, timeout_seconds=timeout_seconds or 0, state=job.status
             ),
         )
 

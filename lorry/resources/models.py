@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
-from lorry.errors import LorryError, WaitTimeout
+from lorry.errors import LorryError, WaitTimeout, text_of
 from lorry.models import Model
 from lorry.resources.resource import Resource
 
@@ -51,21 +51,16 @@ class Models(Resource):
             timeout_seconds=timeout_seconds,
             poll_seconds=poll_seconds,
             timeout=lambda model: WaitTimeout(
-                f"The import of {name} did not finish within {timeout_seconds:g} s. Its state is {model.state!r}.",
-                code="wait_timeout",
-                remedy=f"Wait again, or check the import with `lorry models show {name}`. If `lorry workers list` "
-                "shows no running worker, start one with `lorry worker`.",
+                "import_timeout", name=name, timeout_seconds=timeout_seconds or 0, state=model.state
             ),
         )
         if model.state == "failed":
+            fallback = text_of("import_failed", name=name)
             error = model.error
-            raise LorryError(
-                error.message if error else f"The import of {name} failed.",
-                code=error.code if error else "import_failed",
-                remedy=error.remedy
-                if error and error.remedy
-                else f"Check the source, then add the model again: `lorry models add {name} SOURCE`",
-            )
+            if error is None:
+                raise LorryError.from_report(**fallback)
+            remedy = error.remedy or fallback["remedy"]
+            raise LorryError.from_report(code=error.code, message=error.message, remedy=remedy)
         return model
 
     def list(self) -> Iterator[Model]:

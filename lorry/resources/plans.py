@@ -40,9 +40,5 @@ class Plans(Resource):
             lambda plan: plan.status != "computing",
             timeout_seconds=timeout_seconds,
             poll_seconds=poll_seconds,
-            timeout=lambda _: WaitTimeout(
-                f"Plan {plan_id} was not ready within {timeout_seconds:g} s. It is still being computed.",
-                code="wait_timeout",
-                remedy="Wait again. If `lorry workers list` shows no running worker, start one with `lorry worker`.",
-            ),
+            timeout=lambda _: WaitTimeout("plan_timeout", plan_id=plan_id, timeout_seconds=timeout_seconds or 0),
         )

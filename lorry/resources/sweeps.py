@@ -88,9 +88,6 @@ class Sweeps(Resource):
             timeout_seconds=timeout_seconds,
             poll_seconds=poll_seconds,
             timeout=lambda sweep: WaitTimeout(
-                f"Sweep {sweep_id} did not finish within {timeout_seconds:g} s. Its status is {sweep.status!r}.",
-                code="wait_timeout",
-                remedy=f"Wait again, check the sweep with `lorry sweeps show {sweep_id}`, or cancel it with "
-                f"`lorry sweeps cancel {sweep_id}`.",
+                "sweep_timeout", sweep_id=sweep_id, timeout_seconds=timeout_seconds or 0, state=sweep.status
             ),
         )

@@ -11,7 +11,7 @@ import httpx
 
 from lorry import __version__
 from lorry.connection import Connection, is_loopback
-from lorry.errors import APIError, ConnectionFailed, from_response
+from lorry.errors import APIError, ConnectionFailed, from_response, text_of
 from lorry.transport.retries import RetryPolicy, is_retryable
 from lorry.transport.service_identity import VerifiedTransport
 
@@ -153,32 +153,16 @@ class Transport:
 
     def _unreachable(self, error: httpx.TransportError) -> ConnectionFailed:
         reason = (str(error) or type(error).__name__).rstrip(".")
-        origin = f" {self.connection.origin}" if self.connection.origin else ""
+        name = "connection_failed"
         if not isinstance(error, httpx.ConnectError | httpx.ConnectTimeout | httpx.ProxyError):
-            return ConnectionFailed(
-                f"The connection to the service at {self.connection.url} was interrupted: {reason}.{origin}",
-                code="connection_failed",
-                remedy="Try again. If this recurs, check the service's log and the network.",
-            )
-        if "CERTIFICATE_VERIFY_FAILED" in reason:
-            return ConnectionFailed(
-                f"Could not connect to the service at {self.connection.url}: {reason}.{origin}",
-                code="connection_failed",
-                remedy="Check that the certificate is valid for this address. If a private authority issued it, set "
-                "SSL_CERT_FILE to that authority's certificate.",
-            )
-        if isinstance(error, httpx.ProxyError):
-            return ConnectionFailed(
-                f"The proxy did not connect to the service at {self.connection.url}: {reason}.{origin}",
-                code="connection_failed",
-                remedy="Check the proxy that HTTPS_PROXY, HTTP_PROXY or ALL_PROXY names, or add the service's host to "
-                "NO_PROXY.",
-            )
+            name = "connection_interrupted"
+        elif "CERTIFICATE_VERIFY_FAILED" in reason:
+            name = "certificate_invalid"
+        elif isinstance(error, httpx.ProxyError):
+            name = "proxy_failed"
+        origin = self.connection.origin
         return ConnectionFailed(
-            f"Could not connect to the service at {self.connection.url}: {reason}.{origin}",
-            code="connection_failed",
-            remedy="Check the address, and that the service is running (it takes a few seconds to start). To start one "
-            "on this machine, run `lorry up`.",
+            f"{name}_from_file" if origin else name, url=self.connection.url, reason=reason, origin=origin
         )
 
 
@@ -219,9 +203,6 @@ def _parsed(response: httpx.Response, origin: str) -> object:
     try:
         return response.json()
     except ValueError as error:
-        raise APIError(
-            f"{response.url} returned a response that is not JSON, so it is probably not a Lorry server.",
-            code="not_lorry",
-            remedy=f"Check the address. {origin}" if origin else "Check the address.",
-            status=response.status_code,
-        ) from error
+        url = str(response.url)
+        text = text_of("not_lorry_from_file", url=url, origin=origin) if origin else text_of("not_lorry", url=url)
+        raise APIError(**text, status=response.status_code) from error

@@ -166,13 +166,7 @@ def _canonical(host: str) -> str:
 
 
 def _not_verified(authority: str) -> ServiceNotVerified:
-    return ServiceNotVerified(
-        f"The program that listens on {authority} did not prove that it is your Lorry service, so no API key was sent "
-        "to it.",
-        code="service_not_verified",
-        remedy="If your Lorry service is running, stop it with `lorry down`. Then run `lorry up`: it chooses a free "
-        "port and updates connection.json.",
-    )
+    return ServiceNotVerified("service_not_verified", authority=authority)
 
 
 @contextmanager

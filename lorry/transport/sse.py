@@ -57,9 +57,4 @@ def lines(chunks: Iterable[bytes], *, url: str) -> Iterator[str]:
         *ended, buffered = (buffered + text.replace("\r\n", "\n").replace("\r", "\n")).split("\n")
         yield from ended
         if len(buffered) > MAX_EVENT_CHARS:
-            raise ConnectionFailed(
-                f"{url} returned an event stream with a line of more than {MAX_EVENT_CHARS:,} characters, so it is "
-                "probably not a Lorry server.",
-                code="bad_stream",
-                remedy="Check that the configured address is that of a Lorry server.",
-            )
+            raise ConnectionFailed("bad_stream", url=url, max_event_chars=MAX_EVENT_CHARS)

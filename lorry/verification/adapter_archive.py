@@ -22,8 +22,6 @@ _PIECE_BYTES = 2**20
 _SLACK_BYTES = 2**20
 _SLACK_PER_FILE_BYTES = 4096
 
-_AGAIN = "Nothing was saved. Pull the adapter again. If this recurs, check the service's copy with"
-
 
 def unpack(
     chunks: Iterable[bytes], contents: Contents, target: Path, *, on_progress: Callable[[int, int], None] | None = None
@@ -55,17 +53,9 @@ def _unpack_into(folder: Path, body: _Body, contents: Contents) -> None:
                     _copy(source, folder / entry.path, entry, contents)
                     del missing[entry.path]
     except tarfile.TarError as error:
-        raise BadDownload(
-            f"The archive for adapter {contents.name} is not a complete tar archive: {error}.",
-            code="bad_archive",
-            remedy=f"{_AGAIN} `lorry adapters verify {contents.name}`.",
-        ) from error
+        raise BadDownload("archive_incomplete", contents=contents.name, error=str(error)) from error
     if missing:
-        raise BadDownload(
-            f"The archive for adapter {contents.name} does not contain {', '.join(sorted(missing))}.",
-            code="bad_archive",
-            remedy=f"{_AGAIN} `lorry adapters verify {contents.name}`.",
-        )
+        raise BadDownload("archive_file_missing", contents=contents.name, missing=", ".join(sorted(missing)))
 
 
 def _checked(member: tarfile.TarInfo, missing: dict[str, FileEntry], contents: Contents) -> FileEntry | None:
@@ -93,12 +83,7 @@ def _copy(source: IO[bytes], path: Path, entry: FileEntry, contents: Contents) -
         out.flush()
         os.fsync(out.fileno())
     if digest.hexdigest() != entry.digest:
-        raise BadDownload(
-            f"The file {entry.path} in the archive for adapter {contents.name} does not match its digest in the "
-            "manifest.",
-            code="digest_mismatch",
-            remedy=f"{_AGAIN} `lorry adapters verify {contents.name}`.",
-        )
+        raise BadDownload("archive_digest_mismatch", path=entry.path, contents=contents.name)
 
 
 class _Body(io.RawIOBase):
@@ -131,12 +116,7 @@ class _Body(io.RawIOBase):
     def _count(self, num_bytes: int) -> None:
         self._num_read += num_bytes
         if self._num_read > self._most_bytes:
-            raise BadDownload(
-                f"The archive for adapter {self._contents.name} exceeds the {self._most_bytes:,} bytes that the files "
-                "in its manifest can need.",
-                code="bad_archive",
-                remedy=f"{_AGAIN} `lorry adapters verify {self._contents.name}`.",
-            )
+            raise BadDownload("archive_too_large", contents=self._contents.name, most_bytes=self._most_bytes)
         if self._on_progress is not None:
             self._on_progress(self._num_read, self._most_bytes)
 
@@ -148,8 +128,4 @@ def _most_bytes(contents: Contents) -> int:
 
 
 def _refused(member: tarfile.TarInfo, reason: str, contents: Contents) -> BadDownload:
-    return BadDownload(
-        f"The file {member.name[:200]!r} in the archive for adapter {contents.name} {reason}.",
-        code="bad_archive",
-        remedy=f"{_AGAIN} `lorry adapters verify {contents.name}`.",
-    )
+    return BadDownload("archive_file_unexpected", member=member.name[:200], contents=contents.name, reason=reason)

@@ -22,8 +22,6 @@ from lorry.verification import signatures
 MANIFEST = "manifest.json"
 LINEAGE = "lineage.json"
 _PIECE_BYTES = 2**20
-_AGAIN = "Pull the adapter again into a new folder. If this recurs, check the service's copy with"
-_READABLE = "Check the file's permissions, or pull the adapter again into a new folder."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,11 +50,7 @@ class Contents:
         files = {entry.path: entry for entry in entries}
         contents = cls(name=name, files=files, kind=str(manifest.get("kind")), artifact=artifact, lineage=lineage)
         if not contents.matches_artifact():
-            raise BadDownload(
-                f"The service's manifest for adapter {name} does not match the adapter's digest.",
-                code="bad_manifest",
-                remedy=f"Try again. If this recurs, check the adapter with `lorry adapters verify {name}`.",
-            )
+            raise BadDownload("manifest_of_another_adapter", name=name)
         return contents
 
     def matches_artifact(self) -> bool:
@@ -94,11 +88,7 @@ def check_free(target: Path, *, name: str) -> None:
     if target.is_dir() and not any(target.iterdir()):
         return
     if target.exists() or target.is_symlink():
-        raise LorryError(
-            f"{target} already exists and is not an unchanged copy of adapter {name}.",
-            code="target_exists",
-            remedy=f"Choose another folder, or move or delete {target}.",
-        )
+        raise LorryError("target_exists", target=str(target), name=name)
 
 
 def holds(target: Path, contents: Contents) -> bool:
@@ -119,11 +109,7 @@ def verify_folder(folder: Path, *, keys: Sequence[Mapping[str, Any]] | None = No
     LorryError for a folder that has neither a manifest nor a record.
     """
     if not any((folder / name).exists() for name in (MANIFEST, LINEAGE)):
-        raise LorryError(
-            f"{folder} is not the folder of a pulled adapter: it contains neither {MANIFEST} nor {LINEAGE}.",
-            code="no_adapter",
-            remedy="Use a folder created by `lorry adapters pull`.",
-        )
+        raise LorryError("no_adapter", folder=str(folder))
     try:
         manifest = _object(folder / MANIFEST)
         lineage = _object(folder / LINEAGE)
@@ -200,11 +186,7 @@ def is_safe(path: str) -> bool:
 
 def _entries(entries: object, *, where: str, name: str = "NAME") -> list[FileEntry]:
     if not isinstance(entries, list) or not all(isinstance(row, dict) for row in cast("list[object]", entries)):
-        raise BadDownload(
-            f"{where} does not contain a list of files.",
-            code="bad_manifest",
-            remedy=f"{_AGAIN} `lorry adapters verify {name}`.",
-        )
+        raise BadDownload("bad_manifest", where=where, name=name)
     return [_entry(row, number, where, name) for number, row in enumerate(cast("list[dict[str, Any]]", entries), 1)]
 
 
@@ -212,35 +194,25 @@ def _entry(entry: Mapping[str, Any], number: int, where: str, name: str) -> File
     path, digest = entry.get("path"), entry.get("digest")
     num_bytes = entry.get("num_bytes", entry.get("bytes"))
     if not (isinstance(path, str) and isinstance(digest, str) and isinstance(num_bytes, int)):
-        raise BadDownload(
-            f"{where} lists file number {number} without a valid path, digest and size.",
-            code="bad_manifest",
-            remedy=f"{_AGAIN} `lorry adapters verify {name}`.",
-        )
+        raise BadDownload("bad_manifest_entry", where=where, number=number, name=name)
     is_reserved = path in {MANIFEST, LINEAGE}
     if is_reserved or not is_safe(path):
-        reason = "a reserved file name" if is_reserved else "not a portable file path inside the adapter's folder"
-        raise BadDownload(
-            f"{where} lists {path!r}, which is {reason}.",
-            code="unsafe_path",
-            remedy="Don't use this adapter. Check that the configured address is that of your Lorry server, and ask "
-            f"the operator to check the adapter with `lorry adapters verify {name}`.",
-        )
+        raise BadDownload("reserved_file_name" if is_reserved else "unsafe_path", where=where, path=path, name=name)
     return FileEntry(path=path, digest=digest, num_bytes=num_bytes)
 
 
 def _object(path: Path) -> dict[str, Any]:
-    remedy = f"{_AGAIN} `lorry adapters verify NAME`."
     try:
         parsed: object = json.loads(path.read_bytes())
     except OSError as error:
         reason = error.strerror or error
-        raise LorryError(f"{path} can't be read: {reason}.", code="unreadable", remedy=_READABLE) from error
+        raise LorryError("unreadable", path=str(path), reason=str(reason)) from error
     except (ValueError, RecursionError) as error:
-        place = f" (line {error.lineno}, column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
-        raise LorryError(f"{path} is not valid JSON{place}.", code="unreadable", remedy=remedy) from error
+        if isinstance(error, json.JSONDecodeError):
+            raise LorryError("unreadable_json_at", path=str(path), lineno=error.lineno, colno=error.colno) from error
+        raise LorryError("unreadable_json", path=str(path)) from error
     if not isinstance(parsed, dict):
-        raise LorryError(f"{path} is not a JSON object.", code="unreadable", remedy=remedy)
+        raise LorryError("unreadable_not_object", path=str(path))
     return cast("dict[str, Any]", parsed)
 
 

@@ -111,8 +111,4 @@ def _decoded(text: Any) -> bytes:
 
 
 def _not_a_key_set(source: str, reason: str) -> LorryError:
-    return LorryError(
-        f"{source} is not a JSON Web Key Set with an Ed25519 key: {reason}.",
-        code="bad_key_set",
-        remedy="Save the response to GET /v1/keys.json from the service that trained the adapter, and use that file.",
-    )
+    return LorryError("bad_key_set", source=source, reason=reason)

@@ -31,20 +31,12 @@ SHOWN_TO_OPERATORS = re.compile(
 model."""
 DEPENDS_ON_WHAT_IS_STORED = frozenset(
     {
-        *("unknown_cursor", "part_not_found", "expires_in_the_past", "operator_scope", "file_too_large"),
-        *("wrong_file_purpose", "wrong_file_kind", "loss_needs_chat", "split_needs_text", "empty_file"),
-        *("model_not_ready", "model_import_failed", "invalid_metadata_filter"),
-        *("validation_file_required", "conflicting_learning_rates", "learning_rate_required"),
-        *("dora_unsupported_with_quantization", "init_unsupported_with_quantization", "quantization_unavailable"),
-        *("integration_unavailable", "integration_entity_not_allowed", "validation_is_training", "max_length_lowered"),
-        *("differs_from_parent", "parent_of_another_base", "two_parents", "own_model"),
-        *("rank_too_high", "no_target_modules", "unknown_target_modules", "unknown_layers"),
-        *("unknown_pattern_key", "ambiguous_pattern"),
-        *("grid_too_large", "overlapping_parameters", "metric_of_another_method", "min_steps_required"),
-        *("no_rung_in_time", "rung_without_evaluation", "no_evaluation_in_time", "evaluations_too_late"),
-        *("invalid_export", "checkpoint_not_deployable", "invalid_adapter_folder", "too_many_answers"),
-        "checkpoint_not_reproducible",
-        *("invalid_webhook_url", "webhook_address_not_allowed"),  # the operator sets the allowed addresses
+        *("conflicting_value", "missing_required_parameter", "operator_required", "upload_not_found"),
+        *("wrong_file_kind", "file_empty", "file_too_large", "not_ready", "import_failed"),
+        *("quantization_unavailable", "integration_unavailable", "validation_is_training", "max_length_lowered"),
+        *("differs_from_parent", "unknown_target_modules", "evaluations_too_late", "unsupported_export"),
+        *("invalid_export", "not_servable", "not_reproducible"),
+        "invalid_webhook_url",  # the operator sets the allowed addresses
     }
 )
 """Error codes for valid requests that conflict with stored data or with another field. No JSON schema can express these

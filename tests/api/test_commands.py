@@ -231,8 +231,8 @@ def test_server_prints_its_address_and_stops_cleanly_with_open_streams(tmp_path:
     ("pepper", "problem"),
     [
         ("", "is empty"),
-        ("x", "has 1 byte, but"),
-        ("x" * 31, "has 31 bytes"),
+        ("x", "is 1, but"),
+        ("x" * 31, "is 31, but"),
         (f"{'x' * 40}\n", "ends with whitespace"),
         (f" {'x' * 40}", "begins with whitespace"),
     ],

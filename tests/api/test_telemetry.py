@@ -99,7 +99,7 @@ def test_background_runs_are_counted_by_outcome(
         return {sample.labels["task"]: sample.value for sample in family.samples}
 
     def away(*_: object, **__: object) -> int:
-        raise Unavailable("Away.", code="database_unavailable", remedy="")
+        raise Unavailable("database_unavailable")
 
     names = {each.name for each in PERIODIC}
     assert set(runs()) == {(task, outcome) for task in names for outcome in ("done", "failed")}

@@ -1,4 +1,4 @@
-"""The tools that check prose: words, sentence lengths and the catalog of error messages."""
+"""The tools that check prose: words and sentence lengths."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 
 from tools.check_words import WORDS, Config, findings, prose
-from tools.error_catalog import error_messages, is_bare
 from tools.sentence_lengths import long_cells, main, sentence_lengths
 
 CONFIG = """
@@ -25,47 +24,6 @@ reason = "Text of others."
 paths = "a.py"
 text = "was told twice"
 reason = "A title."
-"""
-ERRORS = """
-NAMES = "Use another name."
-
-def check(name, limit=3):
-    reason = f"the name {name!r} is too long"
-    raise InvalidRequest(f"'{name}' is invalid.", code="invalid_name", remedy=NAMES)
-
-def row(name):
-    reason = "the row is empty"
-    raise BadRow("row_empty", reason, "Remove the row.")
-
-def find(job_id):
-    raise NotFound("job", job_id)
-
-def choose(is_new):
-    raise Conflict("It exists.", code="exists" if is_new else "already_there", remedy="")
-
-def too_many(rows, number):
-    message = f"{_counted(number, 'row')} and {len(rows)} file{'' if rows == 1 else 's'}."
-    raise Conflict(message, code="too_many", remedy="Wait.")
-
-def _counted(number, noun):
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-def _unknown(sentence, remedy):
-    return InvalidRequest(sentence, code="unknown_name", remedy=remedy)
-
-def look_up(name):
-    raise _unknown(f"There is no {name}.", "Use another.")
-
-def lost(number):
-    return {"code": "all_lost", "message": f"All {number} are lost.", "remedy": "Wait.", "param": None}
-
-def _error(code, message, remedy="Begin again."):
-    return {"code": code, "message": f"{message} {remedy}"}
-
-def close(name):
-    return _error("was_closed", f"{name!r} was closed.")
-
-TABLE = {400: ("The body is not JSON.", "Send JSON.", "invalid_json")}
 """
 
 
@@ -150,42 +108,3 @@ def test_a_folder_above_a_limit_fails(page: str, status: int, tmp_path: Path, mo
     monkeypatch.setattr("sys.argv", ["", *map(str, tmp_path.rglob("*.md"))])
 
     assert main() == status
-
-
-def test_errors_of_each_form_are_cataloged(tmp_path: Path) -> None:
-    package = tmp_path / "catalog"
-    package.mkdir()
-    (package / "module.py").write_text(ERRORS)
-
-    found = {(entry.code, entry.message, entry.remedy) for entry in error_messages(tmp_path)}
-
-    assert found == {
-        ("invalid_name", "'{name}' is invalid.", "Use another name."),
-        ("row_empty", "Line {number}: the row is empty.", "Remove the row."),
-        (
-            "job_not_found",
-            "No job with the ID {id}.",
-            "Check the ID, and that the API key belongs to the project that owns the job.",
-        ),
-        ("exists", "It exists.", ""),
-        ("already_there", "It exists.", ""),
-        ("too_many", "{number} rows and {rows} files.", "Wait."),
-        ("unknown_name", "There is no {name}.", "Use another."),
-        ("all_lost", "All {number} are lost.", "Wait."),
-        ("was_closed", "{name} was closed.", "Begin again."),
-        ("invalid_json", "The body is not JSON.", "Send JSON."),
-    }
-
-
-@pytest.mark.parametrize(
-    ("text", "is_only_placeholders"),
-    [
-        ("{message}", True),
-        ("{fits} {needs_less}.", True),
-        ("Wait. / {remedy}", True),
-        ("Wait for {name}.", False),
-        ("", False),
-    ],
-)
-def test_texts_of_only_placeholders_are_recognized(text: str, is_only_placeholders: bool) -> None:
-    assert is_bare(text) == is_only_placeholders

@@ -7,7 +7,6 @@ import collections
 import re
 from collections.abc import Iterator
 
-from catalog import errors
 from tests.architecture.source_files import PACKAGES, ROOT, SourceFile, dotted, source_files
 from tools.size import GENERATED
 
@@ -60,9 +59,6 @@ SIGNS_MESSAGES = {
 sign leaves the process."""
 PRESIGNERS = {"sign", "sign_async", "presign", "generate_presigned_url", "generate_presigned_post"}
 ARGUMENTS = {"trust_remote_code": True, "shell": True, "weights_only": False, "verify": False}
-REFUSALS = {
-    name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.LorryError)
-}
 
 
 def test_files_are_at_most_600_lines() -> None:
@@ -116,12 +112,6 @@ def test_no_presigned_urls_are_created() -> None:
     assert [place for source in sources for place in _presigners(source)] == []
 
 
-def test_every_error_has_a_remedy() -> None:
-    services = source_files("api", "catalog", "worker")
-
-    assert [place for source in services for place in _refusals_without_remedy(source)] == []
-
-
 def test_dashboard_scripts_do_not_insert_text_as_markup() -> None:
     scripts = [path for path in (ROOT / "dashboard").rglob("*.js") if "vendor" not in path.parts]
     markup = ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "dangerouslySetInnerHTML")
@@ -170,15 +160,4 @@ def _presigners(source: SourceFile) -> Iterator[str]:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("obstore"):
             yield from (source.place(node) for alias in node.names if alias.name in PRESIGNERS)
         if isinstance(node, ast.Attribute) and node.attr in PRESIGNERS:
-            yield source.place(node)
-
-
-def _refusals_without_remedy(source: SourceFile) -> Iterator[str]:
-    for node in ast.walk(source.tree):
-        if not isinstance(node, ast.Call) or dotted(node.func).rpartition(".")[2] not in REFUSALS - {"NotFound"}:
-            continue
-        remedy = next((keyword.value for keyword in node.keywords if keyword.arg == "remedy"), None)
-        splat = any(keyword.arg is None for keyword in node.keywords)
-        empty = isinstance(remedy, ast.Constant) and not str(remedy.value or "").strip()
-        if empty or (remedy is None and not splat):
             yield source.place(node)

@@ -74,7 +74,7 @@ def test_pepper_is_not_created_while_keys_exist(world: World, tmp_path: Path) ->
     with pytest.raises(Conflict) as refused:
         pepper.load(settings(tmp_path), world.db)
 
-    assert refused.value.code == "pepper_missing"
+    assert refused.value.code == "invalid_pepper"
     assert str(tmp_path / "pepper") in refused.value.message
     assert "LORRY_PEPPER" in refused.value.remedy
     assert not (tmp_path / "pepper").exists()
@@ -87,14 +87,14 @@ def test_settings_override_the_file_and_a_damaged_file_is_reported(world: World,
     with pytest.raises(InvalidRequest, match="damaged") as refused:
         pepper.load(settings(tmp_path), world.db)
     assert str(tmp_path / "pepper") in refused.value.message
-    assert "it has 5 bytes" in refused.value.message
+    assert "its length is 5" in refused.value.message
     assert "openssl rand" in refused.value.remedy
 
 
 def test_damaged_previous_pepper_may_be_deleted(world: World, tmp_path: Path) -> None:
     (tmp_path / "pepper.previous").write_bytes(b"x")
 
-    with pytest.raises(InvalidRequest, match=r"pepper\.previous is damaged: it has 1 byte, but") as refused:
+    with pytest.raises(InvalidRequest, match=r"pepper\.previous is damaged: its length is 1, but") as refused:
         pepper.load(settings(tmp_path, pepper="g" * 32), world.db)
 
     assert "or delete the file" in refused.value.remedy
@@ -113,7 +113,7 @@ def test_weak_pepper_is_rejected(world: World, tmp_path: Path, weak: str, remedy
     with pytest.raises(InvalidRequest) as refused:
         pepper.load(settings(tmp_path, pepper=weak), world.db)
 
-    assert refused.value.code == "weak_pepper"
+    assert refused.value.code == "invalid_pepper"
     assert refused.value.remedy.startswith(remedy)
 
 
@@ -121,7 +121,7 @@ def test_empty_pepper_is_rejected_without_replacing_the_file(world: World, tmp_p
     with pytest.raises(InvalidRequest, match="LORRY_PEPPER is empty") as refused:
         pepper.load(settings(tmp_path, pepper=""), world.db)
 
-    assert refused.value.code == "weak_pepper"
+    assert refused.value.code == "invalid_pepper"
     assert "unset LORRY_PEPPER" in refused.value.remedy
 
 

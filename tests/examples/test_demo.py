@@ -288,7 +288,7 @@ def test_the_client_that_probes_for_a_running_service_is_closed(
 
         def get(self) -> None:
             if not is_up:
-                raise ConnectionFailed("The service does not respond.", code="x", remedy="")
+                raise ConnectionFailed("answer_stream_ended")
 
         def __enter__(self) -> Client:
             return self
@@ -318,9 +318,9 @@ REFUSAL = openai.BadRequestError(
     [
         (KeyboardInterrupt(), 130, "Interrupted. The demo has stopped the service that it started."),
         (
-            ConnectionFailed("The service does not respond.", code="x", remedy="Start it."),
+            ConnectionFailed("answer_stream_ended"),
             1,
-            "The service does not respond. Start it.",
+            "The response stream ended early. Send the request again.",
         ),
         (REFUSAL, 1, "No such [base]. Add it."),
         (openai.APIConnectionError(request=REQUEST), 1, "Connection error."),

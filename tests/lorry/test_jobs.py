@@ -109,14 +109,15 @@ def test_follow_of_a_missing_job_raises(client: Lorry) -> None:
 
 
 @pytest.mark.parametrize(
-    "trouble", [ConnectionFailed("away", code="x", remedy=""), ServerFailed("away", code="x", remedy="", status=503)]
+    "trouble",
+    [ConnectionFailed("answer_stream_ended"), ServerFailed("The service is away.", code="x", remedy="", status=503)],
 )
 def test_follow_tolerates_a_restart_but_not_a_long_outage(trouble: LorryError) -> None:
     now = [0.0]
     answers = iter([None, None, Job(status="running"), None, Job(status="succeeded")])
 
     def gone(_last: str | None) -> Any:
-        raise ConnectionFailed("x", code="x", remedy="")
+        raise ConnectionFailed("answer_stream_ended")
 
     def look() -> Job:
         job = next(answers, None)
@@ -133,7 +134,7 @@ def test_follow_tolerates_a_restart_but_not_a_long_outage(trouble: LorryError) -
         )
 
     assert [u.job.status for u in follow(60) if u.job] == ["running", "succeeded"]
-    with pytest.raises(type(trouble), match="away"):
+    with pytest.raises(type(trouble)):
         follow(60)
 
 

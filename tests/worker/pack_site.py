@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from catalog.db.database import Database
+from catalog.error_texts import ErrorText
 from catalog.errors import Unavailable
 from catalog.history.queries import attempts
 from catalog.lifecycle import recording
@@ -39,7 +40,7 @@ READY = {
     "versions": {"lorry": "1"},
 }
 PASSED = {"max_abs_diff": 0.0, "tolerance": 0.1, "passed": True}
-OUTAGE = Unavailable("The store does not answer.", code="store_unavailable", remedy="Wait.")
+OUTAGE = Unavailable(ErrorText(code="store_unavailable", message="The store does not answer.", remedy="Wait."))
 
 
 class PackSite:

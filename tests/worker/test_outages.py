@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from catalog.error_texts import ErrorText
 from catalog.errors import OutOfSpace
 from catalog.fleet import workers
 from catalog.queue import claims
@@ -24,7 +25,7 @@ from worker.protocol.mailbox import InboxWriter, TrainerDirectory, TrainerMessag
 
 Run = Callable[[Script], list[FakeTrainer]]
 READ_ONLY = OSError(errno.EROFS, "Read-only file system")
-FULL = OutOfSpace("The disk is full.", code="out_of_space", remedy="Free some space.")
+FULL = OutOfSpace(ErrorText(code="out_of_space", message="The disk is full.", remedy="Free some space."))
 
 
 def give_up(site: PackSite) -> None:

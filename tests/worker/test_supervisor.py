@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from catalog.db.database import Database
+from catalog.error_texts import ErrorText
 from catalog.errors import OutOfSpace
 from catalog.jobs import commands
 from catalog.queue import claiming
@@ -312,7 +313,7 @@ def test_a_worker_survives_a_full_disk(site: PackSite, monkeypatch: pytest.Monke
     def supervised(_: object) -> int:
         calls.append(1)
         if len(calls) == 1:
-            raise OutOfSpace("The disk is full.", code="out_of_space", remedy="Free some space.")
+            raise OutOfSpace(ErrorText(code="out_of_space", message="The disk is full.", remedy="Free some space."))
         return 0
 
     monkeypatch.setattr(loop, "supervise", supervised)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from catalog.db.database import Database
+from catalog.error_texts import ErrorText
 from catalog.errors import OutOfSpace
 from catalog.queue import claiming
 from catalog.queue.claiming import Claim
@@ -19,7 +20,7 @@ from worker.background import base_models, task_runner
 from worker.background.task_runner import TaskRunner
 from worker.context.context import WorkerContext
 
-FULL = OutOfSpace("The disk is full.", code="out_of_space", remedy="Free some space.")
+FULL = OutOfSpace(ErrorText(code="out_of_space", message="The disk is full.", remedy="Free some space."))
 PATIENCE_SECONDS = 120
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from catalog.error_texts import ErrorText
 from catalog.errors import Unavailable
 from catalog.inference import engines
 from catalog.resources.memory import BaseModelMemory
@@ -237,7 +238,9 @@ def test_refused_import_fails_the_requests_with_its_error(
     site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     want(site)
-    refusal = base_models.ImportRefused("The files are damaged.", code="artifact_damaged", remedy="Import it again.")
+    refusal = base_models.ImportRefused(
+        ErrorText(code="artifact_damaged", message="The files are damaged.", remedy="Import it again.")
+    )
     monkeypatch.setattr(base_models, "ensure", raising(refusal))
 
     assert run(load_forever) == []

@@ -12,11 +12,13 @@ import shlex
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
 
 from catalog.disk import is_full
+from catalog.error_texts import ErrorText
 from catalog.errors import LorryError, OutOfSpace
 from catalog.process_exit import how_it_exited, is_killed
 from catalog.registry import base_models
@@ -72,7 +74,7 @@ def ensure(context: WorkerContext, name: str, digest: str, *, is_unwanted: Calla
         manifest, _ = _import(context, row, lambda: is_unwanted() or is_deleted())
     except ImportRefused as error:
         if error.code == OUT_OF_SPACE:  # not a fault of the base model
-            raise OutOfSpace(error.message, code=error.code, remedy=error.remedy) from error
+            raise OutOfSpace(error.text) from error
         raise
     found = files_digest(manifest)
     if found != digest:
@@ -81,20 +83,14 @@ def ensure(context: WorkerContext, name: str, digest: str, *, is_unwanted: Calla
 
 
 def _changed(worker_id: str, row: BaseModelRow, *, found: str, expected: str) -> ImportRefused:
-    add = f"`lorry models add NAME {shlex.quote(row.source)}`"
     return ImportRefused(
-        f"On worker {worker_id}, the source files for base model {row.name!r} differ from the imported ones: their "
-        f"digest is {found} instead of {expected}.",
-        code="base_changed",
-        remedy=(
-            f"Delete {row.source} from that worker's Hugging Face cache: it is then downloaded again. If this recurs, "
-            f"add and use the model under another name: {add}."
-        )
-        if row.kind == "hub"
-        else (
-            f"Restore the original files at {row.source} on that worker's machine, or add and use the current files "
-            f"under another name: {add}."
-        ),
+        "hub_source_changed" if row.kind == "hub" else "local_source_changed",
+        worker_id=worker_id,
+        name=row.name,
+        found=found,
+        expected=expected,
+        source=row.source,
+        quoted_source=shlex.quote(row.source),
     )
 
 
@@ -150,11 +146,12 @@ def _import(context: WorkerContext, row: BaseModelRow, is_unwanted: Callable[[],
         if links := [path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_symlink()]:
             then = _then(row)
             raise ImportRefused(
-                f"The import of base model {row.name!r} on worker {context.worker_id} created the link {links[0]!r}, "
-                "but only regular files are allowed.",
-                code="import_failed",
-                remedy=f"Make sure that you trust {row.source}, and reinstall Lorry's dependencies on that worker. "
-                f"{then}",
+                "import_created_link",
+                name=row.name,
+                worker_id=context.worker_id,
+                links=links[0],
+                source=row.source,
+                then=then,
             )
         files = [_digest_file(target, path, check=check) for path in sorted(target.rglob("*")) if path.is_file()]
         manifest: Json = {
@@ -217,17 +214,16 @@ def _unreachable(
     path = getattr(error, "filename", None) or source or ""
     if source is None:
         return ImportRefused(
-            f"Worker {worker_id} can't create its Hugging Face cache folder {path} to import base model {row.name!r}: "
-            f"{cause}.",
-            code="source_unreachable",
-            remedy="Make the folder writable for the worker's user, or set HF_HOME (and HF_HUB_CACHE, if it is set) to "
-            f"a writable folder and restart the worker. {then}",
+            "hub_cache_not_writable", worker_id=worker_id, path=str(path), name=row.name, cause=str(cause), then=then
         )
     return ImportRefused(
-        f"Worker {worker_id} can't read {path}, from which base model {row.name!r} is imported: {cause}.",
-        code="source_unreachable",
-        remedy=f"Check that {source} exists on that worker's machine, that the worker's user can read it, and that "
-        f"its links point to files. {then}",
+        "source_unreadable",
+        worker_id=worker_id,
+        path=str(path),
+        name=row.name,
+        cause=str(cause),
+        source=str(source),
+        then=then,
     )
 
 
@@ -235,28 +231,27 @@ def _reported(worker_id: str, row: BaseModelRow, error: dict[str, str]) -> Impor
     """Return the error that the child reported. The worker is named for a problem with its disk."""
     if error["code"] == OUT_OF_SPACE:
         return _full_disk(worker_id, row)
-    message, remedy = error["message"], error["remedy"]
-    if error["code"] == DISK_ERROR:
-        message = f"{message.removesuffix('.')} (worker {worker_id})."
-        remedy = f"Check that worker's disk. {_then(row)}"
-    return ImportRefused(message, code=error["code"], remedy=remedy)
+    text = ErrorText(**error)
+    if text.code == DISK_ERROR:
+        message = f"{text.message.removesuffix('.')} (worker {worker_id})."
+        text = replace(text, message=message, remedy=f"Check that worker's disk. {_then(row)}")
+    return ImportRefused(text)
 
 
 def _full_disk(worker_id: str, row: BaseModelRow) -> ImportRefused:
-    folders = "data folder or Hugging Face cache" if row.kind == "hub" else "data folder"
     then = _then(row) if row.state == "importing" else "Waiting work continues automatically."
-    remedy = f"Free up space in that worker's {folders}. {then}"
-    return ImportRefused(f"The disk on worker {worker_id} is full.", code="out_of_space", remedy=remedy)
+    return ImportRefused(
+        "hub_import_out_of_space" if row.kind == "hub" else "import_out_of_space", worker_id=worker_id, then=then
+    )
 
 
 def _no_progress(worker_id: str, row: BaseModelRow, why: str) -> LorryError:
     """Return the error of an import that was stopped because of `why`."""
-    to_check = "can reach the Hugging Face Hub" if row.kind == "hub" else f"can read {row.source} without delay"
     then = _then(row)
+    if row.kind == "hub":
+        return ImportRefused("hub_import_no_progress", name=row.name, worker_id=worker_id, why=why, then=then)
     return ImportRefused(
-        f"The import of base model {row.name!r} on worker {worker_id} was stopped because {why}.",
-        code="no_progress",
-        remedy=f"Check that the worker {to_check}, and that it has enough memory and processor time. {then}",
+        "local_import_no_progress", name=row.name, worker_id=worker_id, why=why, source=row.source, then=then
     )
 
 
@@ -268,40 +263,27 @@ def _crashed(worker_id: str, row: BaseModelRow, box: sandbox.Sandbox, error: Chi
         return _out_of_time(worker_id, row, box.limits["cpu"])
     exited, then = how_it_exited(error.returncode), _then(row)
     if is_killed(error.returncode):
-        return ImportRefused(
-            f"The import of base model {row.name!r} on worker {worker_id} {exited}, probably because the machine "
-            "ran out of memory.",
-            code="import_failed",
-            remedy=f"Free up memory on that worker's machine, or use a machine with more memory. {then}",
-        )
+        return ImportRefused("import_killed", name=row.name, worker_id=worker_id, exited=exited, then=then)
     return ImportRefused(
-        f"The import of base model {row.name!r} on worker {worker_id} {exited}: {error.last_line}.",
-        code="import_failed",
-        remedy=(
-            f"Delete {row.source} from that worker's Hugging Face cache, so that it is downloaded again. {then} If the "
-            "error recurs, reinstall Lorry's dependencies on that worker."
-        )
-        if row.kind == "hub"
-        else (
-            f"If the files at {row.source} on that worker's machine are incomplete or damaged, copy them again. "
-            f"Otherwise, reinstall Lorry's dependencies on that worker. {then}"
-        ),
+        "hub_import_failed" if row.kind == "hub" else "local_import_failed",
+        name=row.name,
+        worker_id=worker_id,
+        exited=exited,
+        last_line=error.last_line,
+        source=row.source,
+        then=then,
     )
 
 
 def _out_of_time(worker_id: str, row: BaseModelRow, cpu_seconds: int) -> ImportRefused:
     then = _then(row)
-    limited = "a model from the Hub" if row.kind == "hub" else "a source of this size"
     return ImportRefused(
-        f"The import of base model {row.name!r} on worker {worker_id} was stopped after {cpu_seconds:,} s of processor "
-        f"time, the limit for {limited}.",
-        code="import_limit",
-        remedy=(
-            f"Delete {row.source} from that worker's Hugging Face cache, so that it is downloaded again. {then} If "
-            "this recurs, use another model."
-        )
-        if row.kind == "hub"
-        else f"Check {row.source} for damaged or unneeded files. {then}",
+        "hub_import_limit" if row.kind == "hub" else "local_import_limit",
+        name=row.name,
+        worker_id=worker_id,
+        cpu_seconds=cpu_seconds,
+        source=row.source,
+        then=then,
     )
 
 

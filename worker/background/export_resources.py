@@ -35,19 +35,12 @@ def check(needs: Needs, *, worker_id: str, scratch: Path, store: Path | None, ad
     free = devices.free_host_bytes()
     if free < needs.memory_bytes:
         raise ScarceResources(
-            f"The export needs about {readable(needs.memory_bytes)} of memory, but worker {worker_id} has only "
-            f"{readable(free)} free.",
-            code="export_memory",
-            remedy="Wait until jobs on that machine finish, or start a worker with more memory.",
+            "export_memory", memory_bytes=readable(needs.memory_bytes), worker_id=worker_id, free=readable(free)
         )
 
 
 def _too_little_space(worker_id: str, uses: list[str], *, needed: int, free: int) -> ScarceResources:
     """The message names no path, because users of any project may read it."""
     return ScarceResources(
-        f"The export needs about {readable(needed)} of disk space for {listed(uses)}, but worker {worker_id} has only "
-        f"{readable(free)} free there.",
-        code="out_of_space",
-        remedy="Free up space on the disk of that worker's data folder and, if it is a folder, the artifact store. Or "
-        "start a worker with more space.",
+        "export_out_of_space", needed=readable(needed), uses=listed(uses), worker_id=worker_id, free=readable(free)
     )

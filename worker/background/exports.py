@@ -7,15 +7,16 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from secrets import token_hex
 
 from catalog import failpoints
 from catalog.disk import full_disk_named
+from catalog.error_texts import ErrorText
 from catalog.errors import Forbidden, LorryError, NotFound, OutOfSpace, QuotaExceeded, Unavailable
-from catalog.exports import claims, formats, hub_repositories, model_card
+from catalog.exports import claims, hub_repositories, model_card
 from catalog.exports.claims import ExportClaim, ExportResult, WaitingExport
 from catalog.process_exit import how_it_exited, is_killed
 from catalog.storage.manifest import DamagedArtifact
@@ -36,7 +37,6 @@ REFUSAL_SECONDS = 60.0
 """How long a worker that has refused an export leaves it to others."""
 UPLOAD_PAUSES = (10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
 """Waits between attempts to upload the finished files, in seconds."""
-AGAIN = "Then create the export again."
 
 
 class ExportRefused(LorryError):
@@ -90,22 +90,13 @@ def refused(context: WorkerContext) -> list[str]:
 
 
 def _lost(number: int) -> ExportCrashed:
-    return ExportCrashed(
-        f"The export failed: {number} workers were lost while they made it.",
-        code="export_lost",
-        remedy="Check the logs of the workers. They may run out of memory: a worker needs memory for the merged model "
-        "in 32 bits. Then create the export again.",
-    )
+    return ExportCrashed("export_lost", number=number)
 
 
 def _scarcity(context: WorkerContext, waiting: WaitingExport) -> ScarceResources | None:
     """Return what this worker lacks for the export, or None."""
     if waiting.needs_converter and context.settings.gguf_converter is None:
-        return ScarceResources(
-            f"The export needs llama.cpp's converter, which worker {context.worker_id} lacks.",
-            code="converter_missing",
-            remedy=formats.SET_CONVERTER,
-        )
+        return ScarceResources("converter_missing", worker_id=context.worker_id)
     with full_disk_named():
         context.scratch_dir().mkdir(parents=True, exist_ok=True)
     try:
@@ -212,7 +203,7 @@ class _Attempt:
         except ExportCrashed as error:
             if error.code != "hub_unreachable":
                 raise
-            raise ExportRefused(error.message, code=error.code, remedy=error.remedy) from error
+            raise ExportRefused(error.text) from error
 
     def _wait(self, seconds: float) -> None:
         """Wait, and keep the lease. Raises Abandoned."""
@@ -232,10 +223,10 @@ class _Attempt:
             box = sandbox.hub_upload(self.work)
         except OSError as error:
             raise ExportCrashed(
-                f"Worker {self.context.worker_id} can't create its Hugging Face cache folder {error.filename}: "
-                f"{error.strerror}.",
-                code="hub_unreachable",
-                remedy=f"Make the folder writable for the worker's user, or set HF_HOME to a writable folder. {AGAIN}",
+                "hub_unreachable",
+                worker_id=self.context.worker_id,
+                filename=error.filename,
+                strerror=str(error.strerror),
             ) from error
         return self._run_child("worker.children.hub_uploader", request, box)
 
@@ -272,31 +263,25 @@ def file_stem(claim: ExportClaim) -> str:
 
 def _reported(worker_id: str, error: dict[str, str]) -> LorryError:
     """Return the error that the child reported."""
-    code, message, remedy = error["code"], error["message"], error["remedy"]
-    if code == OUT_OF_SPACE:
+    text = ErrorText(**error)
+    if text.code == OUT_OF_SPACE:
         return _full_disk(worker_id)
-    if code in (DISK_ERROR, "export_limit", "hub_unreachable"):
-        return ExportCrashed(
-            f"{message.removesuffix('.')} (worker {worker_id}).", code=code, remedy=f"{remedy} {AGAIN}"
-        )
-    return ExportRefused(message, code=code, remedy=remedy)
+    if text.code in (DISK_ERROR, "export_failed", "hub_unreachable"):
+        message = f"{text.message.removesuffix('.')} (worker {worker_id})."
+        return ExportCrashed(replace(text, message=message, remedy=f"{text.remedy} Then create the export again."))
+    return ExportRefused(text)
 
 
 def _full_disk(worker_id: str, error: OutOfSpace | None = None) -> ExportCrashed:
     """error: of the store, or of a base model that was imported for the export."""
-    message = f"The disk on worker {worker_id} is full."
-    if error is not None and error.message != message:
-        message = f"{error.message.removesuffix('.')} (worker {worker_id})."
-    remedy = f"Free up space in that worker's data folder and in the artifact store. {AGAIN}"
-    return ExportCrashed(message, code="out_of_space", remedy=remedy)
+    text = ErrorText.of("export_disk_full", worker_id=worker_id)
+    if error is not None and error.message != text.message:
+        text = replace(text, message=f"{error.message.removesuffix('.')} (worker {worker_id}).")
+    return ExportCrashed(text)
 
 
 def _stuck(worker_id: str, why: str) -> ExportCrashed:
-    return ExportCrashed(
-        f"The export on worker {worker_id} was stopped because {why}.",
-        code="no_progress",
-        remedy=f"Check that the worker has enough memory and processor time. {AGAIN}",
-    )
+    return ExportCrashed("export_no_progress", worker_id=worker_id, why=why)
 
 
 def _crashed(worker_id: str, error: ChildFailed) -> ExportCrashed:
@@ -305,13 +290,5 @@ def _crashed(worker_id: str, error: ChildFailed) -> ExportCrashed:
         return _full_disk(worker_id)
     exited = how_it_exited(error.returncode)
     if is_killed(error.returncode):
-        return ExportCrashed(
-            f"The export on worker {worker_id} {exited}, probably because the machine ran out of memory.",
-            code="export_crashed",
-            remedy=f"Use a worker with memory for two fp32 copies of the merged model. {AGAIN}",
-        )
-    return ExportCrashed(
-        f"The export on worker {worker_id} {exited}: {error.last_line}.",
-        code="export_crashed",
-        remedy=f"If this recurs, reinstall Lorry's dependencies on that worker. {AGAIN}",
-    )
+        return ExportCrashed("export_killed", worker_id=worker_id, exited=exited)
+    return ExportCrashed("export_crashed", worker_id=worker_id, exited=exited, last_line=error.last_line)

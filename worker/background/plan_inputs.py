@@ -12,7 +12,6 @@ from catalog.disk import full_disk_named
 from catalog.errors import OutOfSpace, Unavailable
 from catalog.lifecycle.preparation import RETRY_SECONDS, FilesToPrepare
 from catalog.plans import claims
-from catalog.process_exit import how_it_exited
 from catalog.storage import token_cache
 from catalog.storage.manifest import DamagedArtifact
 from catalog.tables.storage import Prepared
@@ -100,18 +99,7 @@ def _compare(
                 is_unwanted=is_unwanted,
             )
         except ChildFailed as error:
-            exited = how_it_exited(error.returncode)
-            remedy = (
-                "Create the plan again without validation_file. If the comparison of other files fails too, reinstall "
-                "Lorry's dependencies on that worker."
-            )
-            raise crashed(
-                f"The comparison of {compared} on worker {context.worker_id} {exited}",
-                error,
-                worker_id=context.worker_id,
-                code="comparison_failed",
-                remedy=remedy,
-            ) from error
+            raise crashed("comparison_failed", error, worker_id=context.worker_id, subject=compared) from error
 
 
 def _fetched(context: WorkerContext, row: Prepared, into: Path) -> Path:

@@ -10,6 +10,7 @@ from secrets import token_hex
 
 from catalog import logs, tracing
 from catalog.disk import full_disk_named
+from catalog.error_texts import ErrorText
 from catalog.errors import LorryError, OutOfSpace, Unavailable
 from catalog.lifecycle import preparation
 from catalog.lifecycle.preparation import RETRY_SECONDS, FilesToPrepare
@@ -30,7 +31,6 @@ from worker.process import sandbox
 from worker.protocol.mailbox import read_json
 
 log = logging.getLogger(__name__)
-AGAIN = "If the job or plan has failed, create it again."
 
 
 class PreparationCrashed(LorryError):
@@ -54,8 +54,7 @@ def error_of_attempt(error: LorryError | OSError) -> Json:
     """Return such an error as the `error` of the job or plan that it may end."""
     if isinstance(error, LorryError):
         return error.as_job_error()
-    message = f"The worker's machine failed: {error.strerror or error}. Check its disk, memory and processes."
-    return {"code": "node_failed", "message": message, "param": None}
+    return ErrorText.of("node_failed", reason=error.strerror or str(error)).as_job_error()
 
 
 def prepare(context: WorkerContext, task: TaskClaim) -> bool:
@@ -153,8 +152,7 @@ def prepare_files(
 def _not_refused(row: Prepared, param: str) -> Prepared:
     """Return `row`. Raises FileRefused if its report contains a refusal."""
     if "refusal" in row.report:
-        refusal = row.report["refusal"]
-        raise FileRefused(refusal["message"], code=refusal["code"], remedy=refusal["remedy"], param=param)
+        raise FileRefused(ErrorText(**row.report["refusal"], param=param))
     return row
 
 
@@ -187,9 +185,7 @@ def _stored(context: WorkerContext, folder: Path, file: File) -> Manifest:
         return context.store.put_folder(folder, kind="tokens")
     except DamagedArtifact as error:
         raise DamagedArtifact(
-            f"Worker {context.worker_id} can't store the tokens of file {file.id}: {error.message}",
-            remedy="No action is needed while the preparation is retried. If this recurs, reinstall Lorry's "
-            f"dependencies on that worker. {AGAIN}",
+            "tokens_not_storable", worker_id=context.worker_id, file=file.id, message=error.message
         ) from error
 
 
@@ -226,45 +222,26 @@ def _run(
             is_unwanted=is_unwanted,
         )
     except ChildFailed as error:
-        exited = how_it_exited(error.returncode)
-        remedy = (
-            "If other files fail too, reinstall Lorry on that worker. Otherwise, split the file, and remove the row "
-            f"that fails. {AGAIN}"
-        )
-        raise crashed(
-            f"The tokenization of file {file_id} on worker {context.worker_id} {exited}",
-            error,
-            worker_id=context.worker_id,
-            code="preparation_failed",
-            remedy=remedy,
-        ) from error
+        raise crashed("preparation_failed", error, worker_id=context.worker_id, subject=file_id) from error
 
 
 def stuck(what: str, why: str) -> PreparationCrashed:
     """Return the error for a child that makes no progress. what: the action, with its worker."""
-    remedy = (
-        "Check that worker's disk, and its free memory and processor time. If these are not the cause, use smaller "
-        f"files. {AGAIN}"
-    )
-    return PreparationCrashed(f"{what} was stopped because {why}.", code="no_progress", remedy=remedy)
+    return PreparationCrashed("preparation_no_progress", action=what, why=why)
 
 
 def _full_disk(worker_id: str) -> OutOfSpace:
-    remedy = "Free up space in that worker's data folder. The preparation is retried automatically."
-    return OutOfSpace(f"The disk on worker {worker_id} is full.", code="out_of_space", remedy=remedy)
+    return OutOfSpace("preparation_out_of_space", worker_id=worker_id)
 
 
-def crashed(
-    message: str, error: ChildFailed, *, worker_id: str, code: str, remedy: str
-) -> PreparationCrashed | OutOfSpace:
+def crashed(name: str, error: ChildFailed, *, worker_id: str, subject: str) -> PreparationCrashed | OutOfSpace:
     """Return the error for a child that exited without a result.
 
-    message: without the last line of its log. remedy: if neither the disk nor the memory is the cause.
+    name: of the text if neither the disk nor the memory is the cause. subject: what the child read.
     """
     if error.is_disk_full:
         return _full_disk(worker_id)
+    exited = how_it_exited(error.returncode)
     if is_killed(error.returncode):
-        message = f"{message}, probably because the machine ran out of memory."
-        remedy = f"Free up memory on that worker's machine, or use smaller files. {AGAIN}"
-        return PreparationCrashed(message, code=code, remedy=remedy)
-    return PreparationCrashed(f"{message}: {error.last_line}.", code=code, remedy=remedy)
+        return PreparationCrashed(f"{name}_out_of_memory", subject=subject, worker_id=worker_id, exited=exited)
+    return PreparationCrashed(name, subject=subject, worker_id=worker_id, exited=exited, last_line=error.last_line)

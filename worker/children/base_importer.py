@@ -14,7 +14,7 @@ if __name__ == "__main__":
 
 from pathlib import Path
 
-from catalog.datasets.chat_templates import ADD
+from catalog.error_texts import ErrorText
 from catalog.process_inspection import deny_inspection
 from lora_core.base_model.model import describe_base
 from lora_core.errors import LoraCoreError
@@ -46,10 +46,10 @@ def import_base_model(arguments_path: Path) -> None:
     except (LoraCoreError, Refused) as error:
         result = {"error": described(error)}
     except MemoryError:
-        result = {"error": _limit_error("needs more memory than the limit for its size, or than this machine has.")}
+        result = {"error": ErrorText.of("import_memory_limit").report()}
     except OSError as error:
         if error.errno == errno.EFBIG:
-            result = {"error": _limit_error("writes a file that is larger than the limit for its size.")}
+            result = {"error": ErrorText.of("import_file_limit").report()}
         else:
             result = {"error": disk_error(error) if error.errno else _source_error(error)}
     write_json(Path(arguments["result"]), result)
@@ -58,24 +58,12 @@ def import_base_model(arguments_path: Path) -> None:
 def _refuse_unusable_template(base_dir: Path) -> None:
     """Raise Refused for a template that does not end answers with a special token: no answer would ever end."""
     if not BaseText(base_dir).turn_ends():
-        raise Refused(
-            "unusable_chat_template",
-            "The given chat template ends answers with a text that is no special token of the base model's tokenizer.",
-            "Use a template for this model's special tokens, or zephyr, which ends answers with the token that ends a "
-            f"text: {ADD}.",
-        )
-
-
-def _limit_error(what: str) -> dict[str, str]:
-    """Return the error for an exceeded resource limit of this process; see worker.process.sandbox."""
-    remedy = "Check the source's config.json and tokenizer, and the worker's memory and disk."
-    return {"code": "import_limit", "message": f"The import of the base model {what}", "remedy": remedy}
+        raise Refused("given_chat_template_unusable")
 
 
 def _source_error(error: OSError) -> dict[str, str]:
     """Return the error for a source that the hub's client or transformers could not read."""
-    remedy = "Check the source's name, and that this machine can reach it."
-    return {"code": "source_unreachable", "message": str(error)[:1000], "remedy": remedy}
+    return ErrorText.of("source_unreachable", reason=str(error)[:1000]).report()
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from catalog import failpoints
 from catalog.disk import tells_of_full
+from catalog.error_texts import ErrorText
 from lora_core.errors import LoraCoreError, UnsupportedModel
 from lora_core.model_files.export import export_model
 from worker.children.tokenizer.chat_template import Refused
@@ -51,11 +52,10 @@ def export(arguments_path: Path) -> None:
     except LoraCoreError as error:
         result = {"error": described(error)}
     except MemoryError:
-        result = {"error": _limit_error("needs more memory than the limit for its size, or than this machine has.")}
+        result = {"error": ErrorText.of("export_memory_limit").report()}
     except OSError as error:
         is_limit = error.errno == errno.EFBIG
-        too_large = "writes a file that is larger than the limit for its size."
-        result = {"error": _limit_error(too_large) if is_limit else disk_error(error)}
+        result = {"error": ErrorText.of("export_file_limit").report() if is_limit else disk_error(error)}
     write_json(Path(arguments["result"]), result)
 
 
@@ -83,12 +83,6 @@ def _end_ids(base_dir: Path) -> frozenset[int]:
         return text.end_ids(as_chat=True)
     except Refused:  # the chat template is missing or unusable, so no user chats with the model
         return text.end_ids(as_chat=False)
-
-
-def _limit_error(what: str) -> dict[str, str]:
-    """Return the error for an exceeded resource limit of this process; see worker.process.sandbox."""
-    remedy = "Use a worker with more memory, or a smaller base model."
-    return {"code": "export_limit", "message": f"The export {what}", "remedy": remedy}
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ import os
 import sys
 from pathlib import Path
 
+from catalog.error_texts import ErrorText
 from catalog.process_inspection import deny_inspection
 from worker.protocol.errors import disk_error
 from worker.protocol.mailbox import Json, read_json, write_json
-
-REMEDY = "Set HF_TOKEN on the worker to a token that may write to the repository, and restart the worker."
 
 DISK_ERRORS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS})
 
@@ -47,8 +46,7 @@ def _uploaded(folder: Path | None, repository: str, message: str) -> Json:
     except HfHubHTTPError as error:
         return _refused(repository, error.response.status_code)
     except ValueError as error:  # an invalid name, or a file that the hub rejects
-        message = f"The Hugging Face Hub rejected the upload: {str(error)[:300]}"
-        return _error("hub_rejected", message, "Fix the reported problem, then create the export again.")
+        return _error("hub_rejected_files", reason=str(error)[:300])
     except Exception as error:  # noqa: BLE001 - `_failure` raises what it does not know
         return _failure(repository, error)
     return {"url": str(commit.commit_url)}
@@ -68,9 +66,8 @@ def _failure(repository: str, error: Exception) -> Json:
 def _unable(*, is_offline: bool) -> Json:
     """Return the error of a worker that is offline by its settings, or has no token."""
     if is_offline:
-        message = "HF_HUB_OFFLINE is set on the worker, so it can't reach the Hugging Face Hub."
-        return _error("hub_offline", message, "Unset HF_HUB_OFFLINE on the worker.")
-    return _error("hub_no_token", "The worker has no token for the Hugging Face Hub.", REMEDY)
+        return _error("hub_offline")
+    return _error("hub_no_token")
 
 
 def _is_of_connection(error: Exception) -> bool:
@@ -83,26 +80,20 @@ def _is_of_connection(error: Exception) -> bool:
 def _refused(repository: str, status: int) -> Json:
     """Return the error for a response of the hub."""
     if status == 401:
-        return _error("hub_no_token", "The Hugging Face Hub does not accept the worker's token.", REMEDY)
+        return _error("hub_token_invalid")
     if status in (403, 404):
-        message = f"The worker's token may not write to the repository {repository!r} on the Hugging Face Hub."
-        return _error("hub_forbidden", message, f"Check the repository's name. {REMEDY}")
+        return _error("hub_forbidden", repository=repository)
     if status in (408, 409, 412, 423, 429) or status >= 500:
         return _unreachable(repository, f"it answers with the status {status}")
-    message = f"The Hugging Face Hub rejected the upload to {repository!r} with the status {status}."
-    return _error("hub_rejected", message, "Check the repository's name, type and storage limit on the Hub.")
+    return _error("hub_rejected", repository=repository, status=status)
 
 
 def _unreachable(repository: str, reason: str) -> Json:
-    return _error(
-        "hub_unreachable",
-        f"The upload to {repository!r} on the Hugging Face Hub was interrupted: {reason}.",
-        "Check that the worker can reach the Hub, and HF_ENDPOINT if it is set.",
-    )
+    return _error("hub_interrupted", repository=repository, reason=reason)
 
 
-def _error(code: str, message: str, remedy: str) -> Json:
-    return {"error": {"code": code, "message": message, "remedy": remedy}}
+def _error(name: str, /, **values: str | int) -> Json:
+    return {"error": ErrorText.of(name, param=None, **values).report()}
 
 
 if __name__ == "__main__":

@@ -128,9 +128,7 @@ class NodeGang(WorkerGang):
             called = membership.to_call()
             if len(called) < membership.fewest:
                 gang, fewest = membership.member.gang, membership.fewest
-                present = ("none is", "only 1 is")[len(called)] if len(called) < 2 else f"only {len(called)} are"
-                message = f"Gang {gang} needs {fewest} workers, but {present} available."
-                raise NotGathered(message, remedy=gangs.TOO_FEW)
+                raise NotGathered("gang_too_few_workers", gang=gang, fewest=fewest, num_present=len(called))
             if len(called) < 2:
                 return
             task: Json = {
@@ -170,12 +168,7 @@ class NodeGang(WorkerGang):
                     trainer.wait(POLL_SECONDS)
             if heartbeat.lost.is_set():
                 worker_id = self._context.worker_id
-                raise Unavailable(
-                    f"Worker {worker_id} could not reach the database, so its claim on the job has expired.",
-                    code="database_unavailable",
-                    remedy="No action is needed while the job is retried. If this recurs, check that worker's "
-                    "connection to the database.",
-                )
+                raise Unavailable("database_unreachable_for_gang", worker_id=worker_id)
         finally:
             heartbeat.guard(on_beat=None, on_lost=None)
 

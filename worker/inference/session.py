@@ -17,8 +17,9 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from catalog.error_texts import ErrorText
 from catalog.errors import LorryError, OutOfSpace, Unavailable
-from catalog.inference.engines import INTERRUPTED, NOT_BEGUN
+from catalog.inference.engines import NOT_BEGUN
 from catalog.storage.manifest import DamagedArtifact
 from catalog.storage.store import ArtifactStore
 from catalog.tables.table import Json, new_id
@@ -39,16 +40,8 @@ MAX_QUEUED_BYTES = 2**26
 """Size of the text of one answer that its API server has not read yet. Beyond it, the answer is abandoned."""
 STAGED_ADAPTERS = 128
 """Maximum number of adapters in a trainer's directory."""
-_NOT_BEGUN: Json = {
-    "code": NOT_BEGUN,
-    "message": "The trainer was unloaded before it began to answer.",
-    "remedy": "Send the request again.",
-}
-_INTERRUPTED: Json = {
-    "code": INTERRUPTED,
-    "message": "The trainer that answered was lost.",
-    "remedy": "Send the request again.",
-}
+_NOT_BEGUN: Json = {**ErrorText.of(NOT_BEGUN).report()}
+_INTERRUPTED: Json = {**ErrorText.of("trainer_lost_in_answer").report()}
 log = logging.getLogger(__name__)
 
 
@@ -355,8 +348,4 @@ def _size(event: Json) -> int:
 def _shown(error: LorryError | OSError) -> Json:
     if isinstance(error, LorryError):
         return described(error)
-    return {
-        "code": "disk_error",
-        "message": "The adapter could not be copied to the worker, because its disk failed.",
-        "remedy": "Retry. If it recurs, ask an operator to check the worker's disk.",
-    }
+    return {**ErrorText.of("adapter_not_copied").report()}

@@ -34,17 +34,15 @@ class ConverterFailed(Exception):
 def check(script: Path, *, scratch: Path) -> None:
     """Check that the converter runs on this worker. Raises UnfitWorker. scratch: an existing folder."""
     if any(folder.is_relative_to(script.resolve().parent) for folder in (Path.home(), scratch.resolve())):
-        remedy = "Move llama.cpp into a folder of its own, which exports may read"
-        raise _unfit(script, "its folder contains Lorry's data or your home folder", remedy)
+        raise UnfitWorker("converter_in_private_folder", script=str(script))
     missing = [package for module, package in MODULES.items() if not _is_installed(module)]
     if missing:
-        raise _unfit(script, f"this Python lacks {' and '.join(missing)}", f"Run `pip install {' '.join(missing)}`")
+        raise UnfitWorker("converter_lacks_packages", script=str(script), packages=" ".join(missing))
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         try:
             run(script, "--help", work=Path(folder), source=Path(folder))
         except ConverterFailed as error:
-            remedy = "Set it to the path of convert_hf_to_gguf.py in a checkout of llama.cpp, with gguf-py next to it"
-            raise _unfit(script, f"`{script.name} --help` fails: {error}", remedy) from error
+            raise UnfitWorker("converter_fails", script=str(script), name=script.name, reason=str(error)) from error
 
 
 def run(script: Path, *arguments: str, work: Path, source: Path) -> None:
@@ -81,11 +79,3 @@ def _is_installed(module: str) -> bool:
         return find_spec(module) is not None
     except ModuleNotFoundError:  # of the package that contains it
         return False
-
-
-def _unfit(script: Path, reason: str, remedy: str) -> UnfitWorker:
-    return UnfitWorker(
-        f"LORRY_GGUF_CONVERTER is {str(script)!r}, but {reason}.",
-        code="invalid_settings",
-        remedy=f"{remedy}, or unset it. Then start the worker again.",
-    )

@@ -12,15 +12,12 @@ import traceback
 from pathlib import Path
 from typing import Protocol
 
+from catalog.error_texts import ErrorText
+
 OUT_OF_SPACE = "out_of_space"
 DISK_ERROR = "disk_error"
 EXIT_DISK_FULL = 75
 """EX_TEMPFAIL: exit status of a child of a background task that may not have had enough disk space for a message."""
-FULL_DISK = {
-    "code": OUT_OF_SPACE,
-    "message": "The worker's disk is full.",
-    "remedy": "Free up space in the worker's data folder. Waiting work continues automatically.",
-}
 
 
 class ReportedError(Protocol):
@@ -37,9 +34,8 @@ def described(error: ReportedError) -> dict[str, str]:
 
 def disk_error(error: OSError) -> dict[str, str]:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return dict(FULL_DISK)
-    remedy = "Check the worker's disk. Waiting work continues automatically."
-    return {"code": DISK_ERROR, "message": f"The worker's disk failed: {error.strerror}.", "remedy": remedy}
+        return ErrorText.of("worker_disk_full").report()
+    return ErrorText.of("disk_error", reason=error.strerror or type(error).__name__).report()
 
 
 def error_report(error: OSError | ReportedError) -> dict[str, str]:

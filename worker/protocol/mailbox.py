@@ -154,12 +154,7 @@ class MalformedEvent(LorryError):
 
     def __init__(self, reason: str, *, writer: str = "The trainer") -> None:
         """reason: a predicate about the line."""
-        super().__init__(
-            f"{writer} wrote an event that can't be read: the line {reason}.",
-            code="malformed_event",
-            remedy="No action is needed while the job is retried. If this recurs, reinstall Lorry's dependencies on "
-            "that worker, and check its disk and memory.",
-        )
+        super().__init__("malformed_event", writer=writer, reason=reason)
         self.reason = reason
 
     def by(self, writer: str) -> MalformedEvent:

@@ -33,12 +33,7 @@ class UnsafePath(LorryError):
 
     def __init__(self, name: object, reason: str, *, writer: str = "The trainer") -> None:
         """reason: a predicate about the path."""
-        super().__init__(
-            f"{writer} reported the path {str(name)[:200]!r}, which {reason}.",
-            code="unsafe_path",
-            remedy="No action is needed while the job is retried: nothing outside the trainer's folder was changed. If "
-            "this recurs, reinstall Lorry's dependencies on that worker.",
-        )
+        super().__init__("unsafe_path", writer=writer, name=str(name)[:200], reason=reason)
         self.path_name, self.reason = name, reason
 
     def by(self, writer: str) -> UnsafePath:

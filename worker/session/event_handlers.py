@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from enum import Enum
 
 from catalog import tracing
+from catalog.error_texts import ErrorText
 from catalog.history import queries
 from catalog.lifecycle import recording
 from catalog.queue import claims
@@ -84,8 +85,7 @@ class EventHandlers:
         reason = RETRYABLE_CODES.get(error["code"], EndReason.USER_ERROR)
         if reason is EndReason.CUDA_OOM and self._context.device.kind == "cpu":
             reason = EndReason.HOST_OOM
-        error_body = {"code": error["code"], "message": f"{error['message']} {error['remedy']}", "param": None}
-        return End(reason=reason, detail=error["message"], error=error_body)
+        return End(reason=reason, detail=error["message"], error=ErrorText(**error).as_job_error())
 
     def load_refusal(self, error: Json, ranks: Sequence[int]) -> End:
         """Return how the attempts end when the trainer can't load its base model.
@@ -186,9 +186,11 @@ class EventHandlers:
         return End(reason=EndReason.CANCELLED_BY_USER, detail="Cancelled.")
 
     def _diverged(self, held: SessionJob, event: Json) -> End:
-        remedy = f"Lower the learning rate, or check the data around that step. {self._usable_checkpoint(held, event)}"
-        error = {"code": "diverged", "message": f"{event['message']} {remedy}", "param": "optimizer.learning_rate"}
-        return End(reason=EndReason.DIVERGED, detail=event["message"], error=error)
+        text = ErrorText.of("diverged", detail=event["message"], param="optimizer.learning_rate")
+        message = f"{text.sentence()} {self._usable_checkpoint(held, event)}"
+        return End(
+            reason=EndReason.DIVERGED, detail=event["message"], error={**text.as_job_error(), "message": message}
+        )
 
     def _usable_checkpoint(self, held: SessionJob, event: Json) -> str:
         """Return a sentence about the newest checkpoint with good weights. Newer ones, whose weights were ruined before
@@ -221,8 +223,7 @@ class EventHandlers:
                 f"PEFT's logits differ from the training logits by {report['max_abs_diff']:.3g}, but the tolerance is "
                 f"{report['tolerance']:.3g}. {report.get('explanation', '')}"
             ).rstrip()
-            error = {"code": "verification_failed", "message": message, "param": None}
-            return End(reason=EndReason.VERIFICATION_FAILED, detail=message, error=error)
+            return End(reason=EndReason.VERIFICATION_FAILED, detail=message)
         claim_id = held.claim.claim_id
         about = {"job": held.claim.job.id, "claim": claim_id}
         with tracing.span("publish", parent=self._context.spans.of(claim_id), about=about):

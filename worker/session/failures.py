@@ -10,6 +10,7 @@ import logging
 from dataclasses import dataclass
 from enum import Enum
 
+from catalog.error_texts import ErrorText
 from catalog.errors import LorryError, NotFound, OutOfSpace, Unavailable
 from catalog.fleet.gangs import NotGathered
 from catalog.states import EndReason
@@ -67,10 +68,8 @@ class LocalExit:
 
 def load_error(error: LorryError | OSError | Abandoned) -> Json:
     """Return the error for inference requests whose base model could not be loaded."""
-    message = error.message if isinstance(error, LorryError) else "The base model could not be loaded on the worker."
-    remedy = error.remedy if isinstance(error, LorryError) else "Send the request again."
-    code = error.code if isinstance(error, LorryError) else "base_not_loaded"
-    return {"code": code, "message": message, "remedy": remedy}
+    text = error.text if isinstance(error, LorryError) else ErrorText.of("base_not_loaded")
+    return {**text.report()}
 
 
 def local_exit(

@@ -83,8 +83,7 @@ def _source(
 ) -> DataSource:
     tokens = token_cache.get(context.db, key)
     if tokens is None or tokens.artifact is None:  # another job found the files damaged, and recreates them
-        message = f"The tokens of {file_id} are missing."
-        raise DamagedArtifact(message, remedy="No action is needed: the job is retried, and recreates them.")
+        raise DamagedArtifact("tokens_missing", file_id=file_id)
     file = files.get(context.db, project_id=project_id, file_id=file_id)
     return DataSource(role=role, file=file, tokens=tokens.artifact, report=tokens.report)
 

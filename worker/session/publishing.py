@@ -27,10 +27,6 @@ from worker.protocol.trainer_paths import UnsafePath
 from worker.session import lineage
 
 log = logging.getLogger(__name__)
-UNUSABLE_FOLDER = (
-    "No action is needed while the job is retried. If this recurs, reinstall Lorry's dependencies on that worker, then "
-    "create the job again."
-)
 MAX_EXPONENT = 700.0
 """exp of a larger number overflows a float."""
 
@@ -129,11 +125,11 @@ def _stored(context: WorkerContext, claim: Claim, directory: TrainerDirectory, n
         with directory.opened(claim.claim_id, name) as entry:
             return context.store.put_folder(Path(entry.name), dir_fd=entry.dir_fd, kind=kind)
     except FileNotFoundError as error:
-        message = f"The trainer on worker {context.worker_id} reported the folder {name!r}, which does not exist."
-        raise DamagedArtifact(message, remedy=UNUSABLE_FOLDER) from error
+        raise DamagedArtifact("trainer_folder_missing", worker_id=context.worker_id, name=str(name)) from error
     except DamagedArtifact as error:
-        message = f"Worker {context.worker_id} can't store the trainer's folder {name!r}: {error.message}"
-        raise DamagedArtifact(message, remedy=UNUSABLE_FOLDER) from error
+        raise DamagedArtifact(
+            "trainer_folder_not_storable", worker_id=context.worker_id, name=str(name), message=error.message
+        ) from error
 
 
 def adapter(

@@ -106,7 +106,7 @@ def _stage_tokens(
 def _fetch_tokens(context: WorkerContext, key: str, into: Path) -> Path:
     row = token_cache.get(context.db, key)
     if row is None or row.artifact is None:
-        raise DamagedArtifact(f"The token cache {key} is missing.")
+        raise DamagedArtifact("token_cache_missing", key=key)
     if not into.is_dir():
         context.store.fetch(context.store.get_manifest(row.artifact), into)
     return next(into.glob("*.safetensors"))
@@ -121,7 +121,7 @@ def _stage_parent(context: WorkerContext, spec: JobSpec, into: Path) -> Path | N
         if not into.is_dir():
             context.store.fetch(context.store.get_manifest(spec.parent.artifact), into)
     except DamagedArtifact as error:
-        raise DamagedArtifact(f"The parent adapter {spec.parent.name} can't be used. {error.message}") from error
+        raise DamagedArtifact("parent_adapter_damaged", parent=spec.parent.name, message=error.message) from error
     return into
 
 

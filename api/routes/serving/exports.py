@@ -101,12 +101,7 @@ def get_adapter_export_file(adapter: Adapter, export: ExportId, path: FilePath, 
     file = manifest.file(path)
     if file is None:
         names = ", ".join(item.path for item in manifest.files)
-        raise ExportFileNotFound(
-            f"The export {export!r} does not contain the file {path!r}.",
-            code="export_file_not_found",
-            remedy=f"Use one of these paths: {names}.",
-            param="path",
-        )
+        raise ExportFileNotFound("export_file_not_found", export=export, path=path, names=names, param="path")
     details = {"name": row.adapter_name, "export": row.id, "file": path}
     return Download(
         use.downloads,

@@ -262,10 +262,7 @@ def _check_same(db: Database, record: BackupRecord) -> None:
         if db.is_sqlite:
             aside = f"Move {name}, with its -wal and -shm files, to another folder."
         raise Conflict(
-            f"The restored database {name} does not match backup {record.name}. {' '.join(problems)}",
-            code="restored_database_differs",
-            remedy=f"Do not start the service with this database. {aside} Then restore this backup or an earlier one "
-            "(`--backup NAME`).",
+            "restored_database_differs", name=name, record=record.name, problems=" ".join(problems), aside=aside
         )
 
 
@@ -303,25 +300,9 @@ def _record_restore(db: Database, record: BackupRecord, superseded: Sequence[Sup
 def _check_fits(record: BackupRecord, peppers: Sequence[bytes]) -> None:
     marks = [pepper.backup_mark(each, record.name) for each in peppers]
     if marks and record.pepper_mark and record.pepper_mark not in marks:
-        raise Conflict(
-            f"Backup {record.name} belongs to a service with another pepper. With the pepper of this machine, no "
-            "restored API key and no webhook secret is valid.",
-            code="backup_of_another_pepper",
-            remedy="Set LORRY_PEPPER to the pepper of that service. `lorry up` stores it in the file 'pepper' of its "
-            "data folder. Then restore again.",
-        )
+        raise Conflict("backup_of_another_pepper", record=record.name)
     if revisions.is_unreleased(record.revision):
-        raise InvalidRequest(
-            f"Backup {record.name} (revision {record.revision}) was made by a pre-release build of Lorry and can't be "
-            "upgraded.",
-            code="backup_not_upgradable",
-            remedy=f"Restore the backup with that build. {revisions.NOT_UPGRADABLE}",
-        )
+        raise InvalidRequest("backup_not_upgradable", record=record.name, revision=record.revision)
     newest = revisions.newest()
     if record.revision not in revisions.known():
-        raise InvalidRequest(
-            f"Backup {record.name} was made by a newer version of Lorry: its database revision is {record.revision}, "
-            f"but this version supports revisions only up to {newest}.",
-            code="backup_of_a_newer_version",
-            remedy="Restore the backup with the version of Lorry that made it, or a later one.",
-        )
+        raise InvalidRequest("backup_of_a_newer_version", record=record.name, revision=record.revision, newest=newest)

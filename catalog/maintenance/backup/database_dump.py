@@ -146,12 +146,9 @@ def check_empty(url: str) -> None:
 
 def _check_no_tables(connection: Connection, url: URL) -> None:
     if names := inspect(connection).get_table_names():
-        tables = f"table {names[0]}" if len(names) == 1 else f"{len(names)} tables, such as {names[0]}"
-        raise Conflict(
-            f"The database {url.render_as_string()} already contains {tables}, and a restore never overwrites data.",
-            code="database_not_empty",
-            remedy="Set LORRY_DATABASE_URL to an empty database, then restore again.",
-        )
+        if len(names) == 1:
+            raise Conflict("database_has_table", url=url.render_as_string(), names=names[0])
+        raise Conflict("database_has_tables", url=url.render_as_string(), num_names=len(names), names=names[0])
 
 
 def _check_no_files(path: Path) -> None:
@@ -159,15 +156,7 @@ def _check_no_files(path: Path) -> None:
     names = [str(path), *(f"{path}{suffix}" for suffix in SIDE_FILES)]
     if found := [name for name in names if os.path.lexists(name)]:
         is_one, files = len(found) == 1, ", ".join(found)
-        moved = "the file" if is_one else "all of the files"
-        raise Conflict(
-            f"The database file {files} already exists, and a restore never overwrites data."
-            if is_one
-            else f"These database files already exist, and a restore never overwrites data: {files}.",
-            code="database_not_empty",
-            remedy=f"If a service uses this database, stop it. Move {moved} to "
-            "another folder, or set LORRY_DATABASE_URL to a new path (sqlite:////PATH). Then restore again.",
-        )
+        raise Conflict("database_file_exists" if is_one else "database_files_exist", files=files)
 
 
 def _copy_pages(db: Database, into: Path) -> None:
@@ -226,14 +215,9 @@ def _rejection(name: str) -> Generator[None]:
         yield
     except (psycopg.DataError, psycopg.IntegrityError) as error:
         detail = (error.diag.message_primary or str(error)).rstrip(".")
-        where = f" ({error.diag.context})" if error.diag.context else ""
-        raise Conflict(
-            f"PostgreSQL can't store a row of table {name} of this backup: {detail}{where}. The database was not "
-            "changed.",
-            code="row_not_storable",
-            remedy="Correct the value in the SQLite database of the service, create a new backup, then restore that "
-            "backup.",
-        ) from error
+        if error.diag.context:
+            raise Conflict("row_value_not_storable", name=name, detail=detail, context=error.diag.context) from error
+        raise Conflict("row_not_storable", name=name, detail=detail) from error
     except psycopg.OperationalError as error:
         raise OperationalError("COPY", None, error) from error
 

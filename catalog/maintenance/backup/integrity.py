@@ -20,7 +20,6 @@ from catalog.errors import Conflict
 
 NO_DATABASE = "file is not a database"
 """SQLite reports it for a damaged first page, and for a file that never was a database."""
-RESTORE = "Then restore a backup: `python -m api restore LOCATION`."
 INVALID_INDEXES = """
     select cls.relname from pg_index idx join pg_class cls on cls.oid = idx.indexrelid
     where cls.relnamespace = current_schema()::regnamespace and not idx.indisvalid
@@ -101,13 +100,13 @@ def refusal(problem: str, url: URL) -> Conflict:
     """Return the error of a command that can't work with a damaged database."""
     name, location = url.database, url.render_as_string()
     reason = _one_line(problem)
-    wrong = f" If {name} is the wrong file, correct LORRY_DATABASE_URL instead." if NO_DATABASE in problem else ""
     return Conflict(
-        f"The database {location} is damaged: {reason}.",
-        code="database_damaged",
-        remedy=f"Stop the service and move {name}, with its -wal and -shm files, to another folder. {RESTORE}{wrong}"
+        ("sqlite_database_damaged_or_wrong" if NO_DATABASE in problem else "sqlite_database_damaged")
         if url.get_backend_name() == "sqlite"
-        else f"Stop the service, drop the database {name}, and create it again without tables. {RESTORE}",
+        else "postgresql_database_damaged",
+        location=location,
+        reason=reason,
+        name=str(name),
     )
 
 

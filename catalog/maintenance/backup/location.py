@@ -31,7 +31,6 @@ FORMAT = 3
 MAX_NAMED = 10
 """Maximum number of backups that a message names."""
 RECORD, DUMP, OBJECTS = "backup.json", "database", "objects.txt"
-ANOTHER = "Use another backup: select it with `--backup NAME`, or create a new one."
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,23 +84,12 @@ class BackupPlace:
                 return record
         if not records:
             url = shlex.quote(self.url)
-            raise NotFound(
-                "backup",
-                str(name),
-                message=f"There are no backups at {self.url}.",
-                remedy=f"Check the location, or first create a backup there: `python -m api backup {url}`.",
-            )
+            raise NotFound("no_backups_at_location", url=self.url, location=url)
         names = ", ".join(record.name for record in records[::-1][:MAX_NAMED])
-        message = f"There is no backup named {name!r} at {self.url}."
-        remedy = f"Omit --backup to restore the newest backup, or choose one of: {names}."
-        if len(records) == 1:
-            remedy = f"Omit --backup to restore the only backup there: {names}."
-        elif len(records) > MAX_NAMED:
-            remedy = (
-                f"Omit --backup to restore the newest backup, or choose one of the {len(records)} backups there. The "
-                f"newest are {names}."
-            )
-        raise NotFound("backup", str(name), message=message, remedy=remedy)
+        text = "backup_not_found" if len(records) > 1 else "only_other_backup_found"
+        if len(records) > MAX_NAMED:
+            raise NotFound("backup_not_found_among_many", name=str(name), url=self.url, num=len(records), names=names)
+        raise NotFound(text, name=str(name), url=self.url, names=names)
 
     def put(self, name: str, dump: Path, keys: Keys) -> dict[str, Any]:
         """Store a dump and the keys of its objects. Returns their fields of the backup's record."""
@@ -158,13 +146,8 @@ class BackupPlace:
         try:
             read = self._backups.read(f"{record.name}/{part}")
         except NoSuchObject as error:
-            raise DamagedArtifact(
-                f"{record.name}/{part} is missing from the backups at {self.url}.", remedy=ANOTHER
-            ) from error
-        changed = (
-            f"{record.name}/{part} in the backups at {self.url} has changed: its content does not match its digest."
-        )
-        return verified(read, digest, message=changed, remedy=ANOTHER)
+            raise DamagedArtifact("backup_part_missing", record=record.name, part=part, url=self.url) from error
+        return verified(read, digest, if_changed="backup_part_changed", record=record.name, part=part, url=self.url)
 
 
 def open_place(location: str, *, is_new: bool = False) -> BackupPlace:
@@ -180,27 +163,14 @@ def open_place(location: str, *, is_new: bool = False) -> BackupPlace:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not folder.is_dir():
         is_file = folder.exists()
-        raise NotFound(
-            "backup",
-            location,
-            message=f"{str(folder)!r} is not a folder."
-            if is_file
-            else f"The backup folder {str(folder)!r} does not exist.",
-            remedy="Use a folder, or a URL such as s3://bucket/prefix."
-            if is_file
-            else "Use the folder or s3://… URL that you passed to `python -m api backup`.",
-        )
+        raise NotFound("backup_location_not_folder" if is_file else "backup_folder_missing", folder=str(folder))
     return BackupPlace(folder.as_uri())
 
 
 def _record(content: bytes, *, name: str) -> BackupRecord:
     fields = cast("dict[str, Any]", json.loads(content))
     if (found := fields.get("format")) != FORMAT:
-        raise InvalidRequest(
-            f"Backup {name} has format {found}, but this version of Lorry reads only format {FORMAT}.",
-            code="backup_of_another_version",
-            remedy="Use the version of Lorry that made the backup, or a later one.",
-        )
+        raise InvalidRequest("backup_of_another_version", name=name, found=str(found), format=FORMAT)
     return BackupRecord(**fields)
 
 

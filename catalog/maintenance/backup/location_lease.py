@@ -65,10 +65,12 @@ class LocationLease:
         if not self._is_own():
             holder = self._holder()
             raise Conflict(
-                f"Another backup{holder} took over {self._location}, because this backup did not renew its "
-                f"lease for {BACKUP_LEASE_SECONDS:.0f} s. {outcome}",
-                code="backup_lease_lost",
-                remedy=f"Wait until the other backup has finished, then {then}.",
+                "backup_lease_lost",
+                holder=holder,
+                location=self._location,
+                backup_lease_seconds=BACKUP_LEASE_SECONDS,
+                outcome=outcome,
+                then=then,
             )
 
     def _refuse_if_held(self) -> None:
@@ -79,12 +81,7 @@ class LocationLease:
 
     def _running(self, *, expires_in: float) -> Conflict:
         holder, seconds = self._holder(), math.ceil(expires_in)
-        return Conflict(
-            f"Another backup to {self._location} is already running{holder}.",
-            code="backup_running",
-            remedy="Wait until the other backup finishes. If its process was killed, try again in "
-            f"{seconds} s, when its lease has expired.",
-        )
+        return Conflict("backup_running", location=self._location, holder=holder, seconds=seconds)
 
     def _holder(self) -> str:
         """Return the process that holds the lease, in parentheses; "" if it can't be read."""

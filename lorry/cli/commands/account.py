@@ -64,11 +64,7 @@ def _read_key() -> str:
     is_prompted = output.is_interactive()
     key = typer.prompt("API key", hide_input=True, err=True) if is_prompted else sys.stdin.readline()
     if not key.strip():
-        raise LorryError(
-            "No API key was entered." if is_prompted else "No API key was entered: the first line of stdin is empty.",
-            code="missing_api_key",
-            remedy="Enter the key at the prompt, or pipe it to stdin: `lorry login URL < key.txt`",
-        )
+        raise LorryError("no_key_entered" if is_prompted else "no_key_on_stdin")
     return key.strip()
 
 

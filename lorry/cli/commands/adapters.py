@@ -395,11 +395,7 @@ def _report_reproduction(job: Job, *, as_json: bool) -> None:
     """Print the verdict of a job that has succeeded, and exit with 1 if the adapters differ."""
     verdict = job.reproduces
     if verdict is None or verdict.identical is None:
-        raise LorryError(
-            f"Job {job.id} has succeeded, but the service returned no comparison.",
-            code="no_comparison",
-            remedy="Update the service to the version of this client.",
-        )
+        raise LorryError("no_comparison", job=job.id)
     if not as_json:
         output.echo(f"{job.fine_tuned_model} reproduces {verdict.name}.")
         for training, machines in (verdict.machines or {}).items():

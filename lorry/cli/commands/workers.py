@@ -48,9 +48,7 @@ def show(worker_id: WorkerId, as_json: AsJson = False) -> None:
     worker_id = lookup.worker(lorry, typed)
     worker = next((one for one in lorry.workers.list() if one.id == worker_id), None)
     if worker is None:
-        raise LorryError(
-            f"There is no worker {typed!r}.", code="worker_not_found", remedy="List the workers: `lorry workers list`"
-        )
+        raise LorryError("listed_worker_not_found", typed=typed)
     output.print_facts(worker, _facts(worker), as_json=as_json)
 
 

@@ -131,7 +131,7 @@ def test_openai_headers_must_name_the_keys_project_and_organization(
 
     response = client.get("/v1/files", headers={f"openai-{kind}": "other"})
 
-    assert (response.status_code, error_of(response)["code"]) == (401, f"mismatched_{kind}")
+    assert (response.status_code, error_of(response)["code"]) == (401, "mismatched_project")
     own_name, own_id = (getattr(world.caller, f"{kind}_{what}") for what in ("name", "id"))
     error = error_of(response)
     assert f"header is 'other', but the API key belongs to the {kind} {own_name!r} ({own_id})." in error["message"]
@@ -210,7 +210,7 @@ def test_link_of_another_key_replaces_session_only_with_consent(
     body = {"token": new_token(stranger)}
 
     refused = anonymous.post("/v1/sign_in_links/open", json=body, headers=SAME_ORIGIN)
-    assert (refused.status_code, error_of(refused)["code"]) == (409, "session_exists")
+    assert (refused.status_code, error_of(refused)["code"]) == (409, "already_exists")
     assert anonymous.get("/v1/browser_session").json()["project"] == "ours"
     assert open_link(anonymous, client).status_code == 200, "the same key needs no consent"
 

@@ -18,6 +18,7 @@ from api.background.supervisor import keep_running
 from api.deps import Services
 from api.streaming.hub import Feed
 from catalog.audit import chain
+from catalog.error_texts import ErrorText
 from catalog.errors import InvalidRequest, Unavailable
 from catalog.lifecycle import deadlines, recovery
 from catalog.storage.manifest import DamagedArtifact
@@ -90,7 +91,7 @@ def test_unavailable_database_does_not_stop_the_loop(
     notifying: Services, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def away(*_: object, **__: object) -> int:
-        raise Unavailable("Away.", code="database_unavailable", remedy="")
+        raise Unavailable("database_unavailable")
 
     def crash(*_: object, **__: object) -> int:
         raise RuntimeError("odd")
@@ -112,7 +113,7 @@ def test_failed_task_does_not_prevent_the_others(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     def crash(*_: object, **__: object) -> int:
-        raise InvalidRequest("odd", code="odd", remedy="")
+        raise InvalidRequest(ErrorText(code="odd", message="odd", remedy=""))
 
     world.submit()
     for module, act in ((recovery, "expire"), (controller, "advance"), (deadlines, "notify_late")):

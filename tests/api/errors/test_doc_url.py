@@ -44,11 +44,11 @@ def test_an_unknown_host_name_does_not_appear_in_the_link(client: TestClient) ->
 def test_the_error_of_a_failed_job_has_a_link(world: World, client: TestClient) -> None:
     job = world.submit()
     with world.db.write() as session:
-        session.get_one(Job, job.id).error = {"code": "rank_too_high", "message": "Too high.", "param": None}
+        session.get_one(Job, job.id).error = {"code": "conflicting_value", "message": "Too high.", "param": None}
 
     error: dict[str, Any] = client.get(f"/v1/fine_tuning/jobs/{job.id}").json()["error"]
 
-    assert error["doc_url"] == "http://127.0.0.1/dashboard/errors.html#rank_too_high"
+    assert error["doc_url"] == "http://127.0.0.1/dashboard/errors.html#conflicting_value"
 
 
 @pytest.mark.parametrize("path", ["/v1/unknown", "/v1/fine_tuning/jobs/ftjob-0"])

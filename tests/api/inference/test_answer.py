@@ -16,7 +16,7 @@ from catalog.inference.requests import AnswerFailed
         ("template_without_tools", InvalidRequest, "tools"),
         ("out_of_memory", AnswerInterrupted, None),
         ("disk_error", AnswerInterrupted, None),
-        ("logits_not_finite", AnswerFailed, None),
+        ("inference_failed", AnswerFailed, None),
     ],
 )
 def test_error_of_a_worker_becomes_one_of_the_api(code: str, kind: type[LorryError], param: str | None) -> None:

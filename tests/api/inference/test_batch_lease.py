@@ -29,7 +29,7 @@ def test_batch_is_lost_after_a_suspension_if_its_lease_is_not_renewed(
         renewals.append(batch.is_lost)
         if len(renewals) == 2:
             suspension.add(execution.BATCH_LEASE_SECONDS + 1)
-        raise Unavailable("The database does not answer.", code="database_unavailable", remedy="Wait.")
+        raise Unavailable("database_unavailable")
 
     monkeypatch.setattr(execution, "renew", renew)
     monkeypatch.setattr(batch_lease, "KEEP_SECONDS", 0.0)

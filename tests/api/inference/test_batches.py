@@ -116,21 +116,21 @@ def test_requests_that_fail_are_in_the_error_file(client: openai.OpenAI, batch_t
 
 INVALID: list[tuple[Any, str, str | None]] = [
     (b"{", "invalid_json", None),
-    (b"[1]", "row_not_object", None),
-    (b"\xff", "invalid_utf8", None),
+    (b"[1]", "invalid_row", None),
+    (b"\xff", "invalid_row", None),
     ({**input_line("x"), "method": "GET"}, "invalid_value", "method"),
-    ({**input_line("x"), "url": "/v1/completions"}, "mismatched_endpoint", "url"),
+    ({**input_line("x"), "url": "/v1/completions"}, "invalid_value", "url"),
     ({**input_line("x"), "extra": 1}, "unknown_parameter", "extra"),
     ({"method": "POST", "url": CHAT_URL, "body": {}}, "missing_required_parameter", "custom_id"),
     (input_line(""), "invalid_value", "custom_id"),
-    (input_line("first"), "duplicate_custom_id", "custom_id"),
+    (input_line("first"), "invalid_row", "custom_id"),
     (input_line("x", model="unknown"), "model_not_found", "body.model"),
     (input_line("z", model="ft:unknown"), "adapter_not_found", "body.model"),
     (input_line("x", temperature=3), "invalid_value", "body.temperature"),
-    (input_line("x", messages=[{"role": "robot", "content": "a"}]), "invalid_role", "body.messages"),
+    (input_line("x", messages=[{"role": "robot", "content": "a"}]), "invalid_row", "body.messages"),
     (input_line("x", top_logprobs=2), "invalid_value", "body.top_logprobs"),
     (input_line("x", stream=True), "invalid_value", "body.stream"),
-    (input_line("x", "y" * 70_000), "line_too_long", None),
+    (input_line("x", "y" * 70_000), "invalid_row", None),
 ]
 
 
@@ -156,7 +156,7 @@ def test_number_of_lines_and_of_errors_is_limited(client: openai.OpenAI, monkeyp
 
     errors = [batch.errors.data for batch in (long, bad, blank) if batch.errors is not None and batch.errors.data]
     assert [[(error.code, error.line) for error in data] for data in errors] == [
-        [("too_many_lines", 4)],
+        [("file_too_large", 4)],
         [("invalid_json", 1), ("invalid_json", 2)],
         [("file_empty", None)],
     ]
@@ -322,7 +322,7 @@ def test_input_file_can_not_be_deleted_while_it_is_read(client: openai.OpenAI, b
     batch_trainer.gate.set()
     wait(client, made.id)
 
-    assert refused.value.code == "file_in_use"
+    assert refused.value.code == "in_use"
     assert made.id in refused.value.message
     assert client.files.delete(made.input_file_id).deleted
 
@@ -412,7 +412,7 @@ def test_only_lines_that_break_stricter_rules_fail(
     error = of_seed["response"]["body"]["error"]
     assert (of_seed["custom_id"], of_seed["response"]["status_code"], error["param"]) == ("b", 400, "body.seed")
     assert "Line 2 of the input file is not valid any more" in error["message"]
-    assert of_long["response"]["body"]["error"]["code"] == "line_too_long"
+    assert of_long["response"]["body"]["error"]["code"] == "invalid_row"
 
 
 def test_invalid_line_of_a_damaged_input_fails_the_batch(
@@ -528,7 +528,7 @@ def test_creation_is_checked(site: Site, client: openai.OpenAI) -> None:
         metadata = error_of(http.post("/v1/batches", json={**body, "metadata": {"a": "b" * 513}}))
         missing = error_of(http.post("/v1/batches", json={**body, "input_file_id": "file-x"}))
 
-    assert (purpose["code"], purpose["param"]) == ("invalid_purpose", "input_file_id")
+    assert (purpose["code"], purpose["param"]) == ("wrong_file_kind", "input_file_id")
     assert [error["param"] for error in (endpoint, window, metadata)] == ["endpoint", "completion_window", "metadata"]
     assert missing["code"] == "file_not_found"
 
@@ -539,4 +539,4 @@ def test_number_of_open_batches_is_limited(client: openai.OpenAI, monkeypatch: p
     with pytest.raises(openai.RateLimitError) as refused:
         create(client, input_line("a"))
 
-    assert refused.value.code == "too_many_batches"
+    assert refused.value.code == "limit_reached"

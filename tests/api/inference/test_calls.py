@@ -22,7 +22,7 @@ def test_number_of_answers_to_all_prompts_is_limited() -> None:
     with pytest.raises(InvalidRequest, match="80 answers: n is 5, and there are 16 prompts") as raised:
         text_call(CompletionRequest(model="smol", prompt=["a"] * 16, n=5))
 
-    assert (raised.value.code, raised.value.param) == ("too_many_answers", "n")
+    assert (raised.value.code, raised.value.param) == ("conflicting_value", "n")
 
 
 def test_null_is_the_default_of_each_sampling_parameter() -> None:
@@ -55,14 +55,14 @@ def test_half_a_character_in_a_conversation_is_an_error_of_the_client(fields: di
     with pytest.raises(InvalidRequest, match=rf"In '{param}', \\ud83d is half of a surrogate pair\.") as raised:
         chat_call(ChatCompletionRequest.model_validate({**QUESTION, **fields}))
 
-    assert (raised.value.code, raised.value.param) == ("lone_surrogate", param)
+    assert (raised.value.code, raised.value.param) == ("invalid_row", param)
 
 
 def test_half_a_character_in_a_prompt_is_an_error_of_the_client() -> None:
     with pytest.raises(InvalidRequest, match="half of a surrogate pair") as raised:
         text_call(CompletionRequest(model="smol", prompt=["a", HALF]))
 
-    assert (raised.value.code, raised.value.param) == ("lone_surrogate", "prompt")
+    assert (raised.value.code, raised.value.param) == ("invalid_row", "prompt")
 
 
 def test_whole_characters_outside_the_basic_plane_are_kept() -> None:
@@ -138,7 +138,7 @@ def test_tools_that_are_nested_too_deeply_are_errors_of_the_client(depth: int) -
     tool = {"type": "function", "function": {"name": "f", "parameters": {"a": nested(depth)}}}
     with pytest.raises(InvalidRequest) as raised:
         chat_call(ChatCompletionRequest.model_validate({**QUESTION, "tools": [tool]}))
-    assert (raised.value.code, raised.value.param) == ("json_too_deep", "tools")
+    assert (raised.value.code, raised.value.param) == ("invalid_row", "tools")
 
 
 @pytest.mark.parametrize(("depth", "is_accepted"), [(64, True), (65, False), (950, False), (100_000, False)])
@@ -154,7 +154,7 @@ def test_lines_with_more_than_64_levels_are_rejected(depth: int, is_accepted: bo
         return
     with pytest.raises(InvalidRequest, match="more than 64 levels") as raised:
         parse(line, endpoint="/v1/chat/completions", max_line_bytes=2**23)
-    assert raised.value.code == "json_too_deep"
+    assert raised.value.code == "invalid_row"
 
 
 def test_error_of_a_line_does_not_repeat_a_long_name() -> None:

@@ -15,10 +15,11 @@ from api.inference.answer import Delta, PartialAnswer
 from api.inference.responses import ChatFormat, head_of
 from api.routes import inference
 from api.routes.inference import CompletionStream
+from catalog.error_texts import ErrorText
 from catalog.errors import Unauthorized, Unavailable
 
-REVOKED = Unauthorized("The key was revoked.", code="revoked_api_key", remedy="Use another.")
-UNKNOWN = Unavailable("The database is away.", code="database_unavailable", remedy="Wait.")
+REVOKED = Unauthorized(ErrorText(code="revoked_api_key", message="The key was revoked.", remedy="Use another."))
+UNKNOWN = Unavailable("database_unavailable")
 WORDS = ("one ", "two ", "three")
 
 

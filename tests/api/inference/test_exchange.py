@@ -149,7 +149,7 @@ def test_outage_of_the_database_does_not_end_the_wait(
     def away(*given: Any) -> Any:
         if len(failures) < 3:
             failures.append("away")
-            raise Unavailable("It is away.", code="database_unavailable", remedy="Wait.")
+            raise Unavailable("database_unavailable")
         return trainers_of(*given)
 
     monkeypatch.setattr(engines, "trainers_of", away)
@@ -234,7 +234,7 @@ def test_answer_of_a_worker_that_is_lost_later_is_interrupted_and_counted(
         (TEXT, "context_length_exceeded", 400, "prompt"),
         (CHAT, "template_without_tools", 400, "tools"),
         (CHAT, "disk_error", 503, None),
-        (CHAT, "logits_not_finite", 503, None),
+        (CHAT, "inference_failed", 503, None),
     ],
 )
 def test_error_of_a_worker_reaches_the_client(
@@ -260,7 +260,7 @@ def test_error_after_the_first_token_is_sent_in_the_stream(site: Site, start: St
 
 
 @pytest.mark.parametrize(
-    ("code", "num_requests"), [("logits_not_finite", 1), ("unsupported_adapter", 1), ("disk_error", 2)]
+    ("code", "num_requests"), [("inference_failed", 1), ("unsupported_adapter", 1), ("disk_error", 2)]
 )
 def test_openai_client_repeats_only_errors_that_another_worker_may_not_have(
     site: Site, start: Start, code: str, num_requests: int
@@ -317,7 +317,7 @@ def test_request_that_follows_a_failed_load_lets_a_worker_try_again(
 def test_without_a_worker_a_request_is_refused_at_once(site: Site) -> None:
     response = post(site, CHAT)
 
-    assert (response.status_code, error_of(response)["code"]) == (503, "no_worker")
+    assert (response.status_code, error_of(response)["code"]) == (503, "inference_timeout")
 
 
 def test_tools_that_the_template_does_not_render_are_refused_without_a_worker(site: Site, world: World) -> None:
@@ -345,7 +345,7 @@ def test_number_of_open_requests_of_a_project_is_limited(
     until(lambda: len(trainer.requests) == 2)
     released.set()
 
-    assert (refused.status_code, error_of(refused)["code"]) == (429, "too_many_inference_requests")
+    assert (refused.status_code, error_of(refused)["code"]) == (429, "too_many_requests")
     assert [text_of(each.result(30)) for each in (first, other)] == ["Hello"] * 2
     assert text_of(post(site, CHAT)) == "Hello"
 

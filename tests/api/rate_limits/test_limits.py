@@ -19,6 +19,7 @@ from api.rate_limits.token_bucket import MAX_DEBT_SECONDS, Rate
 from api.settings import ApiSettings
 from catalog.caller import Caller
 from catalog.db.database import Database
+from catalog.error_texts import ErrorText
 from catalog.errors import Unauthorized
 from catalog.pepper import Pepper
 from catalog.tenancy import authentication
@@ -250,7 +251,7 @@ def test_address_with_many_wrong_keys_is_rejected_before_the_check(
     refused = [guesser.get(key) for key in ("lorry_key-1_x", None)]
 
     assert [answer.status_code for answer in refused] == [429, 429]
-    assert error_of(refused[0])["code"] == "too_many_failed_authentications"
+    assert error_of(refused[0])["code"] == "rate_limit_exceeded"
     assert "The address 192.0.2.1 has reached the limit of 60 failed authentications" in error_of(refused[0])["message"]
     assert refused[0].headers["retry-after"] == "1"
     monkeypatch.undo()
@@ -325,7 +326,7 @@ def test_concurrent_checks_beyond_the_failure_limit_are_bounded(guesser: Guesser
             most = max(most, running)
             await asyncio.sleep(0)
             running -= 1
-            raise Unauthorized("No.", code="invalid_api_key", remedy="None.", reason="unknown")
+            raise Unauthorized(ErrorText(code="invalid_api_key", message="No.", remedy="None."), reason="unknown")
 
     async def flood() -> list[BaseException | None]:
         return await asyncio.gather(*(check() for _ in range(20)), return_exceptions=True)
@@ -333,7 +334,7 @@ def test_concurrent_checks_beyond_the_failure_limit_are_bounded(guesser: Guesser
     refusals = asyncio.run(flood())
 
     assert most == CHECKS_BEYOND_FAILURES
-    assert [getattr(each, "code", None) for each in refusals] == ["too_many_failed_authentications"] * 20
+    assert [getattr(each, "code", None) for each in refusals] == ["rate_limit_exceeded"] * 20
 
 
 def test_valid_requests_do_not_count_as_failures(
@@ -388,7 +389,7 @@ def test_invalid_sign_in_attempts_count_as_failures(
     else:
         refused = anonymous.post("/v1/browser_session", json={"api_key": "guess"}, headers=origin)
 
-    assert (refused.status_code, error_of(refused)["code"]) == (429, "too_many_failed_authentications")
+    assert (refused.status_code, error_of(refused)["code"]) == (429, "rate_limit_exceeded")
 
 
 def test_openai_client_honors_retry_after(

@@ -150,7 +150,7 @@ def test_request_without_a_thread_in_time_gets_a_retryable_503(
         finally:
             verify.open.set()
 
-    assert (refused.status_code, error_of(refused)["code"]) == (503, "files_busy")
+    assert (refused.status_code, error_of(refused)["code"]) == (503, "too_many_requests")
     assert refused.headers["retry-after"] == "5"
     expected = f"waited 1 s for other uploads and verifications: project {world.caller.project_id} can run at most 2 "
     assert expected in error_of(refused)["message"]

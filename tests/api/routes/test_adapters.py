@@ -59,7 +59,7 @@ def test_unknown_and_traversal_paths_are_not_found(client: TestClient, adapter: 
 def test_unknown_file_error_names_the_adapter_and_its_files(client: TestClient, adapter: Adapter) -> None:
     error = error_of(client.get(f"/v1/adapters/{adapter.id}/files/none.bin"))
 
-    assert (error["code"], error["param"]) == ("adapter_file_not_found", "path")
+    assert (error["code"], error["param"]) == ("adapter_not_found", "path")
     assert f"{adapter.id!r} does not contain the file 'none.bin'" in error["message"]
     assert "adapter_config.json" in error["remedy"]
 
@@ -155,7 +155,7 @@ def test_lineage_links_parent_and_child_and_training_locks_parent(
     for path in (f"/v1/adapters/{adapter.id}", f"/v1/models/{adapter.name}"):
         refused = client.delete(path)
         assert refused.status_code == 409
-        assert error_of(refused)["code"] == "adapter_in_use"
+        assert error_of(refused)["code"] == "in_use"
     assert client.get(f"/v1/adapters/{adapter.id}/lineage").json()["children"] == []
 
     world.prepare_all()

@@ -134,7 +134,7 @@ def test_repeated_rotation_shows_no_secret_and_creates_no_second_key(client: Tes
 
     repeated = client.post(f"/v1/api_keys/{old['id']}/rotate", headers=once)
 
-    assert (repeated.status_code, error_of(repeated)["code"]) == (409, "key_already_rotated")
+    assert (repeated.status_code, error_of(repeated)["code"]) == (409, "key_not_live")
     assert new["id"] in error_of(repeated)["message"]
     assert with_key(app, new["value"]).get("/v1/files").status_code == 200
 

@@ -47,7 +47,7 @@ def test_export_is_created_once_shown_and_downloaded(
     assert (created["status"], created["adapter"], created["quantization"]) == ("queued", adapter.id, "f16")
     assert client.post(url, json=body).json()["id"] == created["id"]
     not_ready = error_of(client.get(f"{url}/{created['id']}/files"))
-    assert (not_ready["code"], "lorry adapters exports" in not_ready["remedy"]) == ("export_not_ready", True)
+    assert (not_ready["code"], "lorry adapters exports" in not_ready["remedy"]) == ("not_ready", True)
 
     finish(services, tmp_path / "files")
 
@@ -78,7 +78,7 @@ def test_unknown_file_of_an_export_names_its_files(
 
     error = error_of(client.get(f"{url}/{created['id']}/files/none.bin"))
 
-    assert (error["code"], error["param"]) == ("export_file_not_found", "path")
+    assert (error["code"], error["param"]) == ("export_not_found", "path")
     assert "Modelfile, model.gguf" in error["remedy"]
 
 
@@ -119,7 +119,7 @@ def test_upload_needs_a_repository_that_the_operator_lists(
 
     response = client.post(f"/v1/adapters/{adapter.id}/exports", json=body)
 
-    assert (response.status_code, error_of(response)["code"]) == (403, "hub_repository_not_allowed")
+    assert (response.status_code, error_of(response)["code"]) == (403, "integration_unavailable")
     assert "LORRY_HUB_REPOSITORIES" in error_of(response)["message"]
     monkeypatch.setattr(Settings, "named_hub_repositories", lambda _settings: ("org/*",))
     assert client.post(f"/v1/adapters/{adapter.id}/exports", json=body).status_code == 200

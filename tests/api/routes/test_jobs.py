@@ -95,7 +95,7 @@ def test_validation_file_with_wrong_purpose_is_rejected(client: TestClient, worl
 
     assert response.status_code == 400
     error = error_of(response)
-    assert (error["param"], error["code"]) == ("validation_file", "wrong_file_purpose")
+    assert (error["param"], error["code"]) == ("validation_file", "wrong_file_kind")
     assert "fine-tune" in error["message"]
 
 
@@ -157,7 +157,7 @@ def test_waiting_job_is_cancelled_immediately_and_only_once(client: TestClient, 
     assert (cancelled["status"], cancelled["reason"]) == ("cancelled", "cancelled_by_user")
     assert again.status_code == 409
     assert again.headers["x-should-retry"] == "false"
-    assert error_of(again)["code"] == "job_already_final"
+    assert error_of(again)["code"] == "invalid_transition"
 
 
 def test_cancellation_with_a_lost_response_can_be_retried(client: TestClient, world: World) -> None:
@@ -195,7 +195,7 @@ def test_job_is_paused_and_resumed(client: TestClient, world: World) -> None:
 
     assert (paused["status"], resumed["status"]) == ("paused", "queued")
     assert refused.status_code == 409
-    assert error_of(refused)["code"] == "job_not_paused"
+    assert error_of(refused)["code"] == "invalid_transition"
 
 
 def test_project_holds_releases_and_moves_its_jobs(client: TestClient, world: World) -> None:
@@ -297,7 +297,7 @@ def test_result_file_of_a_job_cannot_be_trained_on(client: TestClient, world: Wo
     file = client.get(f"/v1/files/{file_id}").json()
     assert (file["purpose"], file["filename"], file["rows"]) == ("fine-tune-results", "step_metrics.csv", None)
     assert client.get("/v1/files", params={"purpose": "fine-tune-results"}).json()["data"] == [file]
-    assert error_of(create(client, world, training_file=file_id))["code"] == "wrong_file_purpose"
+    assert error_of(create(client, world, training_file=file_id))["code"] == "wrong_file_kind"
 
 
 def test_job_shows_validation_losses_and_running_time(client: TestClient, world: World) -> None:

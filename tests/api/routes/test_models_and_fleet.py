@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from api.deps import Services
+from catalog.error_texts import ErrorText
 from catalog.errors import Unavailable
 from catalog.fleet import workers
 from catalog.lifecycle import recording
@@ -52,7 +53,7 @@ def test_import_failure_details_are_shown_only_to_operators(
     ]
 
     assert all("secret" not in answer.text and "crashed" in answer.text for answer in answers)
-    assert error_of(answers[2])["code"] == "model_import_failed"
+    assert error_of(answers[2])["code"] == "import_failed"
     assert answers[0].json()["error"]["remedy"]
     assert operator.get("/v1/models/mine").json()["error"].items() >= failure.items()
 
@@ -61,7 +62,7 @@ def test_another_source_under_the_same_name_is_a_conflict(operator: TestClient, 
     response = operator.post("/v1/models", json={"name": "smol", "kind": "hub", "source": "org/other"})
 
     assert response.status_code == 409
-    assert error_of(response)["code"] == "model_exists"
+    assert error_of(response)["code"] == "already_exists"
 
 
 def test_unknown_model_is_not_found(client: TestClient, world: World) -> None:
@@ -83,7 +84,7 @@ def test_operator_deletes_a_base_model_that_no_job_waits_for(
     afterwards = [operator.delete("/v1/models/smol"), client.get("/v1/models/smol")]
 
     assert [response.status_code for response in refused] == [403, 409]
-    assert [error_of(response)["code"] for response in refused] == ["operator_required", "model_in_use"]
+    assert [error_of(response)["code"] for response in refused] == ["operator_required", "in_use"]
     assert f"in use by job {job.id} (project 'ours')" in error_of(refused[1])["message"]
     assert deleted.json() == {"id": "smol", "object": "model", "deleted": True}
     assert [response.status_code for response in afterwards] == [404, 404]
@@ -196,7 +197,7 @@ def test_invalid_cordon_requests_are_rejected(client: TestClient, operator: Test
     for verb in ("cordon", "uncordon", "drain"):
         assert error_of(client.post(f"/v1/workers/gone/{verb}"))["code"] == "operator_required"
         assert error_of(operator.post(f"/v1/workers/none/{verb}"))["code"] == "worker_not_found"
-    assert error_of(operator.post("/v1/workers/gone/cordon"))["code"] == "worker_ended"
+    assert error_of(operator.post("/v1/workers/gone/cordon"))["code"] == "invalid_transition"
     assert error_of(operator.post("/v1/workers/gone/cordon", json={"reason": ""}))["param"] == "reason"
 
 
@@ -206,7 +207,7 @@ def test_readiness_names_the_unavailable_dependency(
     ready = anonymous.get("/readyz")
 
     def away() -> None:
-        raise Unavailable("The store does not answer.", code="store_unavailable", remedy="")
+        raise Unavailable(ErrorText(code="store_unavailable", message="The store does not answer.", remedy=""))
 
     monkeypatch.setattr(services.store, "check_reachable", away)
     unready = anonymous.get("/readyz")

@@ -38,7 +38,7 @@ def test_operator_creates_an_organization_and_project_with_the_sdk(site: Site, o
             with pytest.raises(APIError) as refused:
                 theirs.organizations.create("mine")
 
-    assert (taken.value.status, taken.value.code) == (409, "organization_exists")
+    assert (taken.value.status, taken.value.code) == (409, "already_exists")
     assert (hidden.value.status, hidden.value.code) == (404, "organization_not_found")
     assert (refused.value.status, refused.value.code) == (403, "operator_required")
 
@@ -98,7 +98,7 @@ def test_openai_client_must_name_its_own_organization_and_project(site: Site, wo
     world.caller_of("elsewhere", "away")
     assert ask("default", "ours") == ask(caller.organization_id, caller.project_id) == "default"
     for organization in ("elsewhere", "org-none", "ours"):
-        assert refused(organization, "ours", "OPENAI_ORG_ID") == "mismatched_organization"
+        assert refused(organization, "ours", "OPENAI_ORG_ID") == "mismatched_project"
     for project in ("away", "theirs", "default"):
         assert refused("default", project, "OPENAI_PROJECT_ID") == "mismatched_project"
 

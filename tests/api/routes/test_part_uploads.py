@@ -82,7 +82,7 @@ def test_part_size_limit_exceeds_the_body_limit(client: TestClient, monkeypatch:
 
     assert accepted.status_code == 200, accepted.text
     assert (refused.status_code, other.status_code) == (413, 413)
-    assert (error_of(refused)["code"], error_of(refused)["param"]) == ("part_too_large", "data")
+    assert (error_of(refused)["code"], error_of(refused)["param"]) == ("file_too_large", "data")
 
 
 @pytest.mark.parametrize(
@@ -109,10 +109,10 @@ def test_parts_of_cancelled_or_unknown_uploads_are_rejected_unread(client: TestC
     over, unknown = add(client, upload_id, b"x"), add(client, "upload-none", b"x")
     cancelled = client.post(f"/v1/uploads/{upload_id}/cancel")
 
-    assert (over.status_code, error_of(over)["code"]) == (409, "upload_cancelled")
+    assert (over.status_code, error_of(over)["code"]) == (409, "invalid_transition")
     assert over.headers["x-should-retry"] == "false"
     assert (unknown.status_code, error_of(unknown)["code"]) == (404, "upload_not_found")
-    assert (cancelled.status_code, error_of(cancelled)["code"]) == (409, "upload_cancelled")
+    assert (cancelled.status_code, error_of(cancelled)["code"]) == (409, "invalid_transition")
     again = client.post(f"/v1/uploads/{upload_id}/cancel", headers={"x-stainless-retry-count": "1"})
     assert again.json()["status"] == "cancelled"
     assert not (services.settings.data_dir / "store" / "blobs").exists()
@@ -141,5 +141,5 @@ def test_completion_with_a_wrong_md5_creates_no_file(client: TestClient) -> None
     refused = client.post(path, json={"part_ids": [part], "md5": hashlib.md5(b"other").hexdigest()})
     done = client.post(path, json={"part_ids": [part], "md5": hashlib.md5(CONTENT).hexdigest()})
 
-    assert (refused.status_code, error_of(refused)["code"]) == (400, "md5_mismatch")
+    assert (refused.status_code, error_of(refused)["code"]) == (400, "upload_incomplete")
     assert done.json()["status"] == "completed"

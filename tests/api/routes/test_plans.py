@@ -102,7 +102,7 @@ def test_job_from_a_plan_accepts_only_equal_fields(client: TestClient, world: Wo
     wrong = error_of(client.post(JOBS, json={"plan": 7}))
     gone = error_of(client.post(JOBS, json={"plan": "plan-none"}))
 
-    assert (other["code"], other["param"]) == ("differs_from_plan", "lora.rank")
+    assert (other["code"], other["param"]) == ("plan_outdated", "lora.rank")
     assert (unknown["code"], unknown["param"]) == ("unknown_parameter", "lora.rnak")
     assert "'lora.rank'" in unknown["message"]
     assert (wrong["param"], gone["code"]) == ("plan", "plan_not_found")

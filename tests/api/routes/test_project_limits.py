@@ -41,7 +41,7 @@ def test_operators_set_limits_and_projects_see_their_usage(
     assert error_of(refused)["code"] == "operator_required"
     assert (highest, operator.get("/v1/projects/ours").json()["highest_priority"]) == ("batch", "batch")
     assert unclear.status_code == 400
-    assert (too_high.status_code, error_of(too_high)["code"]) == (403, "priority_too_high")
+    assert (too_high.status_code, error_of(too_high)["code"]) == (403, "exceeds_own_rights")
     assert limits(client, "ours") == {
         "concurrent_jobs": (None, 0),
         "queued_jobs": (5, 1),

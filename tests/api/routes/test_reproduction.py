@@ -133,7 +133,7 @@ def test_all_missing_inputs_are_listed_with_the_ways_to_supply_them(
     response = client.post(f"/v1/adapters/{adapter.id}/reproduce")
 
     error = error_of(response)
-    assert (response.status_code, error["code"], error["param"]) == (409, "reproduction_inputs_missing", "adapter")
+    assert (response.status_code, error["code"], error["param"]) == (409, "not_reproducible", "adapter")
     assert f"the base model 'solid' with the digest {adapter.base_digest}" in error["message"]
     assert f"the training file with the SHA-256 digest {sha(source)} (10 bytes)" in error["message"]
     assert "Upload a missing file again" in error["remedy"]
@@ -159,7 +159,7 @@ def test_a_file_of_another_project_is_not_used(client: TestClient, adapter: Adap
 
     response = client.post(f"/v1/adapters/{adapter.id}/reproduce")
 
-    assert error_of(response)["code"] == "reproduction_inputs_missing"
+    assert error_of(response)["code"] == "not_reproducible"
 
 
 def test_a_deleted_parent_adapter_is_a_missing_input(
@@ -186,7 +186,7 @@ def test_a_changed_lineage_record_is_not_reproduced(client: TestClient, adapter:
 
     response = client.post(f"/v1/adapters/{adapter.id}/reproduce")
 
-    assert (response.status_code, error_of(response)["code"]) == (409, "lineage_damaged")
+    assert (response.status_code, error_of(response)["code"]) == (409, "not_reproducible")
 
 
 def test_a_configuration_that_resolves_otherwise_is_rejected(

@@ -45,7 +45,7 @@ def test_operator_registers_and_removes_an_endpoint(
 
     retry = operator.post(ENDPOINTS, json=body(tmp_path), headers={"x-stainless-retry-count": "1"})
     assert retry.json()["id"] == endpoint["id"]
-    assert operator.post(ENDPOINTS, json=body(tmp_path)).json()["error"]["code"] == "serving_endpoint_exists"
+    assert operator.post(ENDPOINTS, json=body(tmp_path)).json()["error"]["code"] == "already_exists"
     assert operator.delete(f"{ENDPOINTS}/vllm-1").json()["id"] == endpoint["id"]
     events = operator.get("/v1/audit_events").json()["data"]
     types = [event["type"] for event in events if event["type"].startswith("serving")]
@@ -79,15 +79,15 @@ def test_other_keys_see_neither_the_address_nor_errors_of_an_endpoint(
 @pytest.mark.parametrize(
     ("change", "param", "code"),
     [
-        ({"name": "vllm"}, "name", "invalid_name"),
-        ({"name": "built-in"}, "name", "invalid_name"),
-        ({"name": "a b"}, "name", "invalid_name"),
+        ({"name": "vllm"}, "name", "invalid_value"),
+        ({"name": "built-in"}, "name", "invalid_value"),
+        ({"name": "a b"}, "name", "invalid_value"),
         ({"base_model": "none"}, "model", "model_not_found"),
-        ({"url": "ftp://host"}, "url", "invalid_serving_url"),
-        ({"url": "http://user@host"}, "url", "invalid_serving_url"),
-        ({"url": "http://host/?a=1"}, "url", "invalid_serving_url"),
-        ({"adapter_folder": "relative"}, "adapter_folder", "invalid_adapter_folder"),
-        ({"adapter_folder": "/does/not/exist"}, "adapter_folder", "invalid_adapter_folder"),
+        ({"url": "ftp://host"}, "url", "invalid_value"),
+        ({"url": "http://user@host"}, "url", "invalid_value"),
+        ({"url": "http://host/?a=1"}, "url", "invalid_value"),
+        ({"adapter_folder": "relative"}, "adapter_folder", "bad_download"),
+        ({"adapter_folder": "/does/not/exist"}, "adapter_folder", "bad_download"),
         ({"max_rank": 0}, "max_rank", None),
         ({"api_key": "two\nlines"}, "api_key", None),
         ({"api_key": "schlüssel"}, "api_key", None),
@@ -154,7 +154,7 @@ def test_number_of_deployments_is_limited(
 
     refused = client.post(deployments(adapter), json={"endpoint": "vllm-1"})
 
-    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "too_many_deployments")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "limit_reached")
 
 
 def test_projects_see_no_deployments_of_each_other(
@@ -177,7 +177,7 @@ def test_adapter_of_another_base_model_is_not_deployed(
 
     error = client.post(deployments(adapter), json={"endpoint": "vllm-1"}).json()["error"]
 
-    assert error["code"] == "other_base_model"
+    assert error["code"] == "not_servable"
 
 
 def test_endpoint_of_the_same_base_model_under_another_name_serves_the_adapter(

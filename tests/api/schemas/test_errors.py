@@ -77,12 +77,12 @@ def test_bodies_with_more_than_64_levels_are_rejected(client: TestClient, depth:
 @pytest.mark.parametrize(
     ("fields", "code", "param", "fragment"),
     [
-        (b'"seed": 1, "seed": 2', "duplicate_field", "seed", "'seed' appears more"),
-        (b'"lora": {"rank": 1, "rank": 2}', "duplicate_field", "lora.rank", "'lora.rank' appears more"),
-        (b'"optimizer": {"eps": NaN}', "number_not_finite", "optimizer.eps", "'optimizer.eps' is NaN"),
-        (b'"optimizer": {"eps": -Infinity}', "number_not_finite", "optimizer.eps", "is -Infinity"),
-        (b'"optimizer": {"eps": 1e999}', "number_not_finite", "optimizer.eps", "'optimizer.eps' is 1e999"),
-        (b'"seed": [[1, 1e999], NaN]', "number_not_finite", "seed.0.1", "'seed.0.1' is 1e999"),
+        (b'"seed": 1, "seed": 2', "invalid_json", "seed", "'seed' appears more"),
+        (b'"lora": {"rank": 1, "rank": 2}', "invalid_json", "lora.rank", "'lora.rank' appears more"),
+        (b'"optimizer": {"eps": NaN}', "invalid_row", "optimizer.eps", "'optimizer.eps' is NaN"),
+        (b'"optimizer": {"eps": -Infinity}', "invalid_row", "optimizer.eps", "is -Infinity"),
+        (b'"optimizer": {"eps": 1e999}', "invalid_row", "optimizer.eps", "'optimizer.eps' is 1e999"),
+        (b'"seed": [[1, 1e999], NaN]', "invalid_row", "seed.0.1", "'seed.0.1' is 1e999"),
     ],
 )
 def test_ambiguous_json_is_rejected(
@@ -131,7 +131,7 @@ def test_crash_response_has_only_a_request_id(
 
 def test_unavailable_database_returns_503_with_retry_after(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(*_: object, **__: object) -> None:
-        raise Unavailable("The database does not answer.", code="database_unavailable", remedy="Try again.")
+        raise Unavailable("database_unavailable")
 
     monkeypatch.setattr("api.routes.files.files.list_page", away)
 

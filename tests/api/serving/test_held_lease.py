@@ -61,7 +61,7 @@ def test_lease_that_expired_during_a_suspension_is_renewed_before_a_change(suspe
 
 def test_renewal_continues_after_an_outage_and_ends_with_the_lease(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(held_lease, "RENEW_SECONDS", 0.0)
-    down = Unavailable("The database does not answer.", code="database_unavailable", remedy="Wait.")
+    down = Unavailable("database_unavailable")
 
     async def act() -> None:
         renewals = Renewals(True, down, True, False)

@@ -11,6 +11,7 @@ import pytest
 
 from api.streaming import hub
 from api.streaming.hub import Feed, Found, Subscription, Topic
+from catalog.error_texts import ErrorText
 from catalog.errors import Unauthorized, Unavailable
 
 
@@ -205,9 +206,11 @@ def test_key_is_checked_once_for_all_its_streams_and_ends_them_all(monkeypatch: 
             def ask() -> None:
                 identified.append(identity)
                 if identity == "gone" and len(identified) > 6:
-                    raise Unauthorized("It was revoked.", code="invalid_api_key", remedy="Use another.")
+                    raise Unauthorized(
+                        ErrorText(code="invalid_api_key", message="It was revoked.", remedy="Use another.")
+                    )
                 if identity == "away":
-                    raise Unavailable("It does not answer.", code="database_unavailable", remedy="Wait.")
+                    raise Unavailable("database_unavailable")
 
             return ask
 

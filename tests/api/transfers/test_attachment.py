@@ -194,8 +194,8 @@ def test_concurrent_downloads_are_limited_per_key_and_per_process(
         of_process = another.get(path)
         small = another.get("/v1/files")
 
-    assert (of_key.status_code, error_of(of_key)["code"]) == (429, "too_many_downloads")
-    assert (of_process.status_code, error_of(of_process)["code"]) == (503, "downloads_busy")
+    assert (of_key.status_code, error_of(of_key)["code"]) == (429, "too_many_requests")
+    assert (of_process.status_code, error_of(of_process)["code"]) == (503, "too_many_requests")
     assert of_key.headers["retry-after"] == of_process.headers["retry-after"] == "5"
     assert small.status_code == 200
     assert len(opened) == 3, "a rejected download opens no file"
@@ -213,7 +213,7 @@ def test_concurrent_downloads_are_limited_per_project() -> None:
     with downloads.admitted(api_key_id="key 4", project_id="ours"):
         pass
 
-    assert refusal.value.code == "too_many_downloads"
+    assert refusal.value.code == "too_many_requests"
 
 
 class Unread(HttpConnection):

@@ -84,7 +84,7 @@ def test_two_different_parents_are_rejected(world: World, parent: Adapter) -> No
     with pytest.raises(InvalidRequest, match="A job can continue only one") as refused:
         submitted(world, model=parent.name, parent_adapter=other.id)
 
-    assert refused.value.code == "two_parents"
+    assert refused.value.code == "conflicting_value"
 
 
 def test_repeated_parent_settings_must_match_the_parent(world: World, parent: Adapter) -> None:
@@ -128,7 +128,7 @@ def test_child_must_use_the_base_model_of_its_parent(world: World, parent: Adapt
     with pytest.raises(InvalidRequest, match="trained on base model 'pathed', not on 'other'") as refused:
         submitted(world, model="other", parent_adapter=parent.id)
 
-    assert (refused.value.code, refused.value.param) == ("parent_of_another_base", "parent_adapter")
+    assert (refused.value.code, refused.value.param) == ("differs_from_parent", "parent_adapter")
     assert refused.value.remedy == (
         "Set 'model' to 'pathed', or 'parent_adapter' to an adapter that was trained on 'other'."
     )
@@ -144,7 +144,7 @@ def test_error_for_another_import_of_the_base_model_names_the_digests_and_the_fi
     for field, fields in (("model", {"model": parent.name}), ("parent_adapter", {"parent_adapter": parent.id})):
         with pytest.raises(InvalidRequest) as refused:
             submitted(world, **fields)
-        assert (refused.value.code, refused.value.param) == ("parent_of_another_base", field)
+        assert (refused.value.code, refused.value.param) == ("differs_from_parent", field)
         assert f"was {parent.base_digest}. The current digest is {sha('another')}." in refused.value.message
 
 
@@ -169,7 +169,7 @@ def test_adapter_with_an_unfinished_child_job_cannot_be_deleted(world: World, pa
 
     with pytest.raises(Conflict, match=child.id) as refused:
         adapters.delete(world.db, **named)
-    assert refused.value.code == "adapter_in_use"
+    assert refused.value.code == "in_use"
 
     other = submitted(world, parent_adapter=parent.id)
     with pytest.raises(Conflict, match=f"job {child.id} and job {other.id}, which have not finished") as refused:

@@ -134,7 +134,7 @@ def test_all_patterns_of_a_round_of_trials_share_one_time_limit(wide: World, mon
     with pytest.raises(InvalidRequest) as refusal:
         make(wide, model="wide", lora=LORA)
 
-    assert refusal.value.code == "pattern_too_slow"
+    assert refusal.value.code == "invalid_value"
 
 
 @ON_ONE_DATABASE

@@ -84,7 +84,7 @@ def test_unwritable_database_does_not_block_downloads(
     world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def away() -> None:
-        raise Unavailable("Away.", code="database_unavailable", remedy="")
+        raise Unavailable("database_unavailable")
 
     reads = ReadAudit(world.db)
     with monkeypatch.context() as patched, caplog.at_level(logging.WARNING, logger="lorry.audit"):

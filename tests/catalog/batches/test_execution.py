@@ -213,7 +213,7 @@ def test_ended_batch_keeps_its_files_and_loses_its_results(world: World) -> None
     execution.finalize(world.db, claimed)
     with pytest.raises(Conflict) as refused:
         commands.cancel(world.db, project_id=claimed.project_id, batch_id=claimed.batch_id)
-    assert refused.value.code == "batch_finished"
+    assert refused.value.code == "invalid_transition"
     garbage_collection.drop_references(world.db)
     assert num_rows(world.db, BatchLine) == 1
 

@@ -69,7 +69,7 @@ def test_failed_process_is_reported_with_its_exit_status(tmp_path: Path, monkeyp
     with pytest.raises(Unavailable, match="exit status 7") as failed:
         in_a_process(written(tmp_path, CHAT))
 
-    assert failed.value.code == "dataset_check_failed"
+    assert failed.value.code == "preparation_failed"
 
 
 def test_killed_process_is_reported_with_its_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,9 +56,9 @@ def test_kinds_cannot_be_mixed(first: str, second: str) -> None:
     problem = refusal(SAMPLES[first], SAMPLES[second])
 
     if (first, second) == ("unpaired", "completion"):
-        assert problem.code == "label_missing"
+        assert problem.code == "invalid_row"
         return
-    assert problem.code == "mixed_kinds"
+    assert problem.code == "invalid_row"
     assert problem.message.startswith("Line 2: the row is ")
     assert ", but the row on line 1 is " in problem.message
 
@@ -90,23 +90,23 @@ def test_empty_messages_are_reported_with_the_messages_to_use() -> None:
 @pytest.mark.parametrize(
     ("row", "code"),
     [
-        ({}, "row_empty"),
-        ({"txt": "a"}, "unknown_key"),
-        ({"prompt": "a"}, "completion_missing"),
-        ({"completion": "a"}, "prompt_missing"),
-        ({"prompt": "a", "completion": "b", "id": 1}, "unknown_key"),
-        ({"prompt": "a", "completion": "b", "tools": []}, "unknown_key"),
-        ({"prompt": None, "completion": "b"}, "prompt_not_text"),
-        ({"prompt": "a", "completion": 4}, "completion_not_text"),
-        ({"prompt": "a", "completion": " \n"}, "completion_empty"),
-        ({"prompt": "a", "completion": [ANSWER]}, "prompt_unlike_completion"),
-        ({"prompt": [], "completion": [ANSWER]}, "messages_empty"),
-        ({"prompt": [USER], "completion": []}, "messages_empty"),
-        ({"prompt": [USER], "completion": [USER]}, "no_assistant_turn"),
-        ({"prompt": [{"role": "bot", "content": "x"}], "completion": [ANSWER]}, "invalid_role"),
-        ({"text": "a", "meta": 1}, "unknown_key"),
-        ({"text": ["a"]}, "text_not_text"),
-        ({"text": "  "}, "text_empty"),
+        ({}, "invalid_row"),
+        ({"txt": "a"}, "invalid_row"),
+        ({"prompt": "a"}, "invalid_row"),
+        ({"completion": "a"}, "invalid_row"),
+        ({"prompt": "a", "completion": "b", "id": 1}, "invalid_row"),
+        ({"prompt": "a", "completion": "b", "tools": []}, "invalid_row"),
+        ({"prompt": None, "completion": "b"}, "invalid_row"),
+        ({"prompt": "a", "completion": 4}, "invalid_row"),
+        ({"prompt": "a", "completion": " \n"}, "invalid_row"),
+        ({"prompt": "a", "completion": [ANSWER]}, "invalid_row"),
+        ({"prompt": [], "completion": [ANSWER]}, "invalid_row"),
+        ({"prompt": [USER], "completion": []}, "invalid_row"),
+        ({"prompt": [USER], "completion": [USER]}, "invalid_row"),
+        ({"prompt": [{"role": "bot", "content": "x"}], "completion": [ANSWER]}, "invalid_row"),
+        ({"text": "a", "meta": 1}, "invalid_row"),
+        ({"text": ["a"]}, "invalid_row"),
+        ({"text": "  "}, "invalid_row"),
     ],
     ids=str,
 )
@@ -130,18 +130,18 @@ def test_only_answers_in_the_completion_are_trained_on() -> None:
 def test_file_with_only_masked_completions_is_rejected() -> None:
     masked = {"prompt": [USER], "completion": [{**ANSWER, "weight": 0}]}
 
-    assert refusal(masked).code == "only_masked_rows"
+    assert refusal(masked).code == "nothing_to_learn"
     assert check(masked, {"prompt": [USER], "completion": [ANSWER]}).num_rows == 2
 
 
 @pytest.mark.parametrize(
     ("row", "code", "form", "named"),
     [
-        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "trl_pair", "TRL", ("preferred_output", "input")),
-        ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, "trl_pair", "TRL", ("both begin",)),
-        ({"instruction": "a", "input": "", "output": "b"}, "alpaca_row", "Alpaca", ('"prompt"', '"completion"')),
-        ({"instruction": "a", "output": "b"}, "alpaca_row", "Alpaca", ('"prompt"', '"completion"')),
-        ({"conversations": [{"from": "human", "value": "a"}]}, "sharegpt_row", "ShareGPT", ('"messages"', "role")),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "invalid_row", "TRL", ("preferred_output", "input")),
+        ({"chosen": [USER, ANSWER], "rejected": [USER, ANSWER]}, "invalid_row", "TRL", ("both begin",)),
+        ({"instruction": "a", "input": "", "output": "b"}, "invalid_row", "Alpaca", ('"prompt"', '"completion"')),
+        ({"instruction": "a", "output": "b"}, "invalid_row", "Alpaca", ('"prompt"', '"completion"')),
+        ({"conversations": [{"from": "human", "value": "a"}]}, "invalid_row", "ShareGPT", ('"messages"', "role")),
     ],
     ids=str,
 )

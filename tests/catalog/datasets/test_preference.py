@@ -35,29 +35,29 @@ def test_openai_preference_format_is_accepted() -> None:
 
 
 ANSWER = {"role": "assistant", "content": "x"}
-WRONG = {
-    "unknown_key": {"weight": 1},
-    "input_not_object": {"input": []},
-    "messages_missing": {"input": {}},
-    "messages_empty": {"input": {"messages": []}},
-    "prompt_ends_with_answer": {"input": {"messages": [ANSWER]}},
-    "invalid_tools": {"input": {**GOOD["input"], "tools": [{"type": "function"}]}},
-    "invalid_parallel_tool_calls": {"input": {**GOOD["input"], "parallel_tool_calls": 1}},
-    "messages_not_list": {"preferred_output": "x"},
-    "several_answers": {"preferred_output": [ANSWER, ANSWER]},
-    "answer_not_assistant": {"non_preferred_output": [{"role": "user", "content": "x"}]},
-    "answer_empty": {"non_preferred_output": [{"role": "assistant", "content": " "}]},
-    "invalid_weight": {"preferred_output": [{**ANSWER, "weight": 1}]},
-    "content_not_text": {"preferred_output": [{"role": "assistant", "content": None}]},
-    "equal_outputs": {"preferred_output": GOOD["non_preferred_output"]},
-}
+WRONG: list[dict[str, Any]] = [
+    {"weight": 1},
+    {"input": []},
+    {"input": {}},
+    {"input": {"messages": []}},
+    {"input": {"messages": [ANSWER]}},
+    {"input": {**GOOD["input"], "tools": [{"type": "function"}]}},
+    {"input": {**GOOD["input"], "parallel_tool_calls": 1}},
+    {"preferred_output": "x"},
+    {"preferred_output": [ANSWER, ANSWER]},
+    {"non_preferred_output": [{"role": "user", "content": "x"}]},
+    {"non_preferred_output": [{"role": "assistant", "content": " "}]},
+    {"preferred_output": [{**ANSWER, "weight": 1}]},
+    {"preferred_output": [{"role": "assistant", "content": None}]},
+    {"preferred_output": GOOD["non_preferred_output"]},
+]
 
 
-@pytest.mark.parametrize(("code", "change"), WRONG.items(), ids=WRONG)
-def test_invalid_pair_is_reported_with_its_line(code: str, change: dict[str, Any]) -> None:
+@pytest.mark.parametrize("change", WRONG)
+def test_invalid_pair_is_reported_with_its_line(change: dict[str, Any]) -> None:
     problem = refusal(GOOD, {**GOOD, **change})
 
-    assert problem.code == code
+    assert problem.code == "invalid_row"
     assert problem.message.startswith("Line 2: ")
 
 
@@ -70,12 +70,12 @@ def test_output_without_messages_is_reported_with_the_answer_to_use(output: Any)
 def test_missing_part_of_a_pair_is_rejected(key: str) -> None:
     lacking = {name: value for name, value in GOOD.items() if name != key}
 
-    assert refusal(lacking).code == f"{key}_missing"
+    assert key in refusal(lacking).message
 
 
 @pytest.mark.parametrize("rows", [(GOOD, CHAT), (CHAT, GOOD)])
 def test_chats_and_pairs_cannot_be_mixed(rows: tuple[Any, Any]) -> None:
     problem = refusal(*rows)
 
-    assert problem.code == "mixed_kinds"
+    assert problem.code == "invalid_row"
     assert problem.message.startswith("Line 2: ")

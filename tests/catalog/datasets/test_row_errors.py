@@ -30,9 +30,9 @@ def calling(**function: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("arguments", "code", "reason"),
     [
-        ('{"a": 1, "a": 2}', "duplicate_key", "the key 'a' appears more than once in the same object"),
-        ('{"a": NaN}', "number_not_finite", "NaN is not valid JSON"),
-        ('{"a": "\\ud800"}', "lone_surrogate", "\\ud800 is half of a surrogate pair"),
+        ('{"a": 1, "a": 2}', "invalid_row", "the key 'a' appears more than once in the same object"),
+        ('{"a": NaN}', "invalid_row", "NaN is not valid JSON"),
+        ('{"a": "\\ud800"}', "invalid_row", "\\ud800 is half of a surrogate pair"),
     ],
 )
 def test_an_error_in_the_arguments_of_a_call_names_them(arguments: str, code: str, reason: str) -> None:
@@ -76,7 +76,7 @@ def test_the_reason_for_invalid_json_is_a_whole_phrase(line: bytes, reason: str)
 def test_tools_with_a_prompt_as_text_are_not_called_unknown() -> None:
     problem = refusal({"prompt": "a", "completion": "b", "tools": []})
 
-    assert problem.code == "unknown_key"
+    assert problem.code == "invalid_row"
     assert problem.message == (
         "Line 1: 'tools' is allowed only with lists of messages, but prompt and completion are strings."
     )
@@ -91,7 +91,7 @@ def test_tools_beside_the_input_of_a_pair_are_to_be_moved_into_it() -> None:
 def test_a_missing_key_of_a_labeled_answer_keeps_the_label_in_the_fix() -> None:
     problem = refusal({"completion": "b", "label": True})
 
-    assert problem.code == "prompt_missing"
+    assert problem.code == "invalid_row"
     assert problem.remedy == 'Use {"prompt": ..., "completion": ..., "label": true}.'
 
 

@@ -149,61 +149,61 @@ def with_tool(**changed: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("row", "code", "part"),
     [
-        ({"messages": [USER, ANSWER], "tools": {}}, "invalid_tools", "tools is an object, not a list"),
-        ({"messages": [USER, ANSWER], "tools": [3]}, "invalid_tools", "tools[0] is a number, not an object"),
-        ({"messages": [USER, ANSWER], "tools": [TOOL, TOOL]}, "invalid_tools", "'get_current_weather' more than once"),
-        ({"messages": [USER, ANSWER], "tools": [TOOL] * 129}, "invalid_tools", "has 129 tools, but the maximum is 128"),
-        ({"messages": [USER, ANSWER], "tools": [TOOL], "functions": [FUNCTION]}, "invalid_tools", "are both set"),
-        ({"messages": [USER, ANSWER], "functions": "f"}, "invalid_tools", "functions is a string, not a list"),
-        (with_tool(type="retrieval"), "invalid_tool_type", "tools[0].type is 'retrieval', not 'function'"),
-        (with_tool(function={}), "invalid_function_name", "tools[0].function.name is missing"),
-        (with_tool(function={"name": "a b"}), "invalid_function_name", "tools[0].function.name is 'a b'"),
-        (with_tool(function={"name": "a", "parameters": []}), "invalid_tools", "parameters is a list, not an object"),
-        (with_tool(function={"name": "a", "description": 1}), "invalid_tools", "description is a number, not a string"),
-        (with_tool(function={"name": "a", "strict": 1}), "invalid_tools", "strict is a number, not true or false"),
-        (with_tool(function={"name": "a", "params": {}}), "unknown_key", "unknown key, 'params'"),
-        ({"messages": [USER, ANSWER], "parallel_tool_calls": 1}, "invalid_parallel_tool_calls", "is a number"),
-        (with_call(id=""), "invalid_tool_calls", "messages[1].tool_calls[0].id is empty"),
-        (with_call(id=4), "invalid_tool_calls", "tool_calls[0].id is a number, not a string"),
-        (with_call(type=None), "invalid_tool_type", "tool_calls[0].type is null, not a string"),
-        (with_call(index=0), "unknown_key", "tool_calls[0] has an unknown key, 'index'"),
-        (with_function(arguments={}), "invalid_arguments", "arguments is an object, not a string"),
-        (with_function(arguments="[1]"), "invalid_arguments", "arguments contains a list, not an object"),
-        (with_function(arguments='{"a": 1'), "invalid_arguments", "arguments is not valid JSON"),
+        ({"messages": [USER, ANSWER], "tools": {}}, "invalid_row", "tools is an object, not a list"),
+        ({"messages": [USER, ANSWER], "tools": [3]}, "invalid_row", "tools[0] is a number, not an object"),
+        ({"messages": [USER, ANSWER], "tools": [TOOL, TOOL]}, "invalid_row", "'get_current_weather' more than once"),
+        ({"messages": [USER, ANSWER], "tools": [TOOL] * 129}, "invalid_row", "has 129 tools, but the maximum is 128"),
+        ({"messages": [USER, ANSWER], "tools": [TOOL], "functions": [FUNCTION]}, "invalid_row", "are both set"),
+        ({"messages": [USER, ANSWER], "functions": "f"}, "invalid_row", "functions is a string, not a list"),
+        (with_tool(type="retrieval"), "invalid_row", "tools[0].type is 'retrieval', not 'function'"),
+        (with_tool(function={}), "invalid_row", "tools[0].function.name is missing"),
+        (with_tool(function={"name": "a b"}), "invalid_row", "tools[0].function.name is 'a b'"),
+        (with_tool(function={"name": "a", "parameters": []}), "invalid_row", "parameters is a list, not an object"),
+        (with_tool(function={"name": "a", "description": 1}), "invalid_row", "description is a number, not a string"),
+        (with_tool(function={"name": "a", "strict": 1}), "invalid_row", "strict is a number, not true or false"),
+        (with_tool(function={"name": "a", "params": {}}), "invalid_row", "unknown key, 'params'"),
+        ({"messages": [USER, ANSWER], "parallel_tool_calls": 1}, "invalid_row", "is a number"),
+        (with_call(id=""), "invalid_row", "messages[1].tool_calls[0].id is empty"),
+        (with_call(id=4), "invalid_row", "tool_calls[0].id is a number, not a string"),
+        (with_call(type=None), "invalid_row", "tool_calls[0].type is null, not a string"),
+        (with_call(index=0), "invalid_row", "tool_calls[0] has an unknown key, 'index'"),
+        (with_function(arguments={}), "invalid_row", "arguments is an object, not a string"),
+        (with_function(arguments="[1]"), "invalid_row", "arguments contains a list, not an object"),
+        (with_function(arguments='{"a": 1'), "invalid_row", "arguments is not valid JSON"),
         (
             with_function(arguments='{"a": NaN}'),
-            "number_not_finite",
+            "invalid_row",
             "in messages[1].tool_calls[0].function.arguments, NaN",
         ),
-        (with_function(arguments='{"a": 1, "a": 2}'), "duplicate_key", "arguments, the key 'a'"),
+        (with_function(arguments='{"a": 1, "a": 2}'), "invalid_row", "arguments, the key 'a'"),
         (
             {"messages": [USER, {"role": "assistant", "tool_calls": [CALL, CALL]}]},
-            "invalid_tool_calls",
+            "invalid_row",
             "several calls with the ID 'call_id'",
         ),
-        ({"messages": [{**USER, "tool_calls": [CALL]}, ANSWER]}, "invalid_tool_calls", "the message's role is 'user'"),
+        ({"messages": [{**USER, "tool_calls": [CALL]}, ANSWER]}, "invalid_row", "the message's role is 'user'"),
         (
             {"messages": [USER, CALLING, {**RESULT, "tool_call_id": "call_2"}, ANSWER]},
-            "invalid_tool_call_id",
+            "invalid_row",
             "messages[2].tool_call_id is 'call_2'",
         ),
         (
             {"messages": [USER, RESULT, ANSWER]},
-            "invalid_tool_call_id",
+            "invalid_row",
             "messages[1].tool_call_id is 'call_id', but no earlier call has this ID",
         ),
         (
             {"messages": [USER, {"role": "function", "name": "f", "content": ""}, ANSWER]},
-            "invalid_tool_call_id",
+            "invalid_row",
             "no earlier message in 'messages' has a function call",
         ),
         (
             {"messages": [USER, {**CALLING, "function_call": {"name": "f", "arguments": "{}"}}]},
-            "invalid_tool_calls",
+            "invalid_row",
             "has both 'tool_calls' and 'function_call'",
         ),
-        ({"messages": [USER, {**ANSWER, "refusal": "No."}]}, "content_unsupported", "messages[1].refusal"),
-        ({"messages": [USER, {"role": "assistant", "content": None}]}, "content_not_text", "content is null"),
+        ({"messages": [USER, {**ANSWER, "refusal": "No."}]}, "invalid_row", "messages[1].refusal"),
+        ({"messages": [USER, {"role": "assistant", "content": None}]}, "invalid_row", "content is null"),
     ],
 )
 def test_invalid_tools_are_reported_with_their_place(row: Any, code: str, part: str) -> None:
@@ -223,7 +223,7 @@ def test_arguments_of_a_function_without_parameters_may_be_empty() -> None:
 def test_arguments_nested_too_deeply_are_rejected() -> None:
     for depth in (65, 100_000):
         problem = refusal(with_function(arguments='{"a":' * depth + "0" + "}" * depth))
-        assert problem.code == "invalid_arguments"
+        assert problem.code == "invalid_row"
         assert "nested too deeply: it has more than 64 levels" in problem.reason
 
 
@@ -246,7 +246,7 @@ def test_number_of_comparisons_of_ids_is_linear(monkeypatch: pytest.MonkeyPatch)
     calls = [{**CALL, "id": each} for each in ids]
     results = [{**RESULT, "tool_call_id": CountedId(each)} for each in ids]
 
-    check_messages("messages", [USER, {"role": "assistant", "tool_calls": calls}, *results], remedy="")
+    check_messages("messages", [USER, {"role": "assistant", "tool_calls": calls}, *results], form="")
     with pytest.raises(BadRow, match="several calls with the ID '999'"):
         check_tool_calls("calls", [*calls, calls[-1] | {"id": CountedId(999)}])
 

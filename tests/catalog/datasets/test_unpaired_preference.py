@@ -36,17 +36,17 @@ def test_unlabeled_completion_is_another_kind() -> None:
 @pytest.mark.parametrize(
     ("row", "code"),
     [
-        ({"prompt": "a", "completion": "b"}, "label_missing"),
-        ({**TEXT, "label": 1}, "label_not_boolean"),
-        ({**TEXT, "label": "true"}, "label_not_boolean"),
-        ({**TEXT, "label": None}, "label_not_boolean"),
-        ({"prompt": "a", "label": True}, "completion_missing"),
-        ({**TEXT, "score": 3}, "unknown_key"),
-        ({**TEXT, "completion": " "}, "completion_empty"),
-        ({**TURNS, "completion": "five"}, "prompt_unlike_completion"),
-        ({**TURNS, "completion": [*TURNS["completion"], ANSWER]}, "several_answers"),
-        ({**TURNS, "prompt": [*TURNS["prompt"], ANSWER]}, "prompt_ends_with_answer"),
-        ({**TURNS, "completion": [{**ANSWER, "weight": 1}]}, "invalid_weight"),
+        ({"prompt": "a", "completion": "b"}, "invalid_row"),
+        ({**TEXT, "label": 1}, "invalid_row"),
+        ({**TEXT, "label": "true"}, "invalid_row"),
+        ({**TEXT, "label": None}, "invalid_row"),
+        ({"prompt": "a", "label": True}, "invalid_row"),
+        ({**TEXT, "score": 3}, "invalid_row"),
+        ({**TEXT, "completion": " "}, "invalid_row"),
+        ({**TURNS, "completion": "five"}, "invalid_row"),
+        ({**TURNS, "completion": [*TURNS["completion"], ANSWER]}, "invalid_row"),
+        ({**TURNS, "prompt": [*TURNS["prompt"], ANSWER]}, "invalid_row"),
+        ({**TURNS, "completion": [{**ANSWER, "weight": 1}]}, "invalid_row"),
     ],
 )
 def test_invalid_row_is_rejected_with_its_line_and_a_remedy(row: dict[str, Any], code: str) -> None:
@@ -61,4 +61,4 @@ def test_labeled_row_after_unlabeled_ones_is_rejected() -> None:
     with pytest.raises(InvalidRequest) as caught:
         checked({"prompt": "a", "completion": "b"}, TEXT)
 
-    assert caught.value.code == "mixed_kinds"
+    assert caught.value.code == "invalid_row"

@@ -49,7 +49,7 @@ def test_byte_order_mark_at_the_start_is_skipped(mark: bytes) -> None:
     assert check(mark + line, max_line_bytes=len(line)).num_rows == 1
     assert list(read_rows(io.BytesIO(mark + line), max_line_bytes=MIB)) == [(1, line)]
     assert refusal(line + b"\n" + b"\xef\xbb\xbf" + line).code == "invalid_json"
-    assert refusal(mark + line + b"x", max_line_bytes=len(line)).code == "line_too_long"
+    assert refusal(mark + line + b"x", max_line_bytes=len(line)).code == "invalid_row"
 
 
 @pytest.mark.parametrize("end", [b"", b"\n", b"\r\n", b"\n\n  \n"])
@@ -73,13 +73,13 @@ def test_all_roles_weights_and_names_are_accepted() -> None:
 WHOLE_FILES = {
     b"": "file_empty",
     b"\n\n \n": "file_empty",
-    b'[{"messages": []}]': "not_jsonl",
-    b'{\n  "messages": []\n}\n': "not_jsonl",
-    b"prompt,completion\na,b\n": "not_jsonl",
-    b"PK\x03\x04rest": "not_jsonl",
-    b"\x1f\x8brest": "not_jsonl",
-    b"PAR1rest": "not_jsonl",
-    row().decode().encode("utf-16"): "invalid_utf8",
+    b'[{"messages": []}]': "invalid_row",
+    b'{\n  "messages": []\n}\n': "invalid_row",
+    b"prompt,completion\na,b\n": "invalid_row",
+    b"PK\x03\x04rest": "invalid_row",
+    b"\x1f\x8brest": "invalid_row",
+    b"PAR1rest": "invalid_row",
+    row().decode().encode("utf-16"): "invalid_row",
 }
 
 
@@ -99,50 +99,50 @@ BAD_ROWS: dict[str, tuple[bytes, str]] = {
     "two objects": (b"{} {}", "invalid_json"),
     "a control character": (b'{"messages": [{"role": "user", "content": "\x01"}]}', "invalid_json"),
     "a NUL": (b"\x00", "invalid_json"),
-    "bytes that are not UTF-8": (b'{"messages": "\xff"}', "invalid_utf8"),
-    "half a surrogate pair": (b'{"messages": [{"role": "user", "content": "\\ud83d"}]}', "lone_surrogate"),
-    "half a surrogate pair in a key": (b'{"\\uDC00": 1}', "lone_surrogate"),
-    "100,000 objects deep": (b'{"a":' * 100_000, "json_too_deep"),
-    "100,000 lists deep": (b'{"messages":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "json_too_deep"),
-    "65 levels deep": (b'{"messages":' + b"[" * 64 + b"]" * 64 + b"}", "json_too_deep"),
-    "64 levels deep": (b'{"messages":' + b"[" * 63 + b"]" * 63 + b"}", "message_not_object"),
-    "65 levels with half a surrogate pair": (b'{"\\ud800":' + b"[" * 64 + b"]" * 64 + b"}", "json_too_deep"),
-    "NaN": (b'{"messages": NaN}', "number_not_finite"),
-    "minus infinity": (b'{"messages": -Infinity}', "number_not_finite"),
-    "1e999": (b'{"messages": 1e999}', "number_not_finite"),
-    "an integer of 100,000 digits": (b'{"messages": ' + b"9" * 100_000 + b"}", "number_too_large"),
-    "a duplicate key": (b'{"messages": [], "messages": []}', "duplicate_key"),
-    "a nested duplicate key": (b'{"messages": [{"role": "user", "role": "tool"}]}', "duplicate_key"),
-    "a list": (b"[1]", "row_not_object"),
-    "null": (b"null", "row_not_object"),
-    "nothing": (b"{}", "messages_missing"),
-    "a completion": (b'{"prompt": "a", "completion": "b"}', "mixed_kinds"),
-    "a text": (b'{"text": "a"}', "mixed_kinds"),
-    "an unknown key": (b'{"messages": [], "id": 1}', "unknown_key"),
-    "messages as a string": (b'{"messages": "hi"}', "messages_not_list"),
-    "no message": (b'{"messages": []}', "no_assistant_turn"),
-    "a message as a string": (b'{"messages": ["hi"]}', "message_not_object"),
-    "no role": (b'{"messages": [{"content": "hi"}]}', "invalid_role"),
-    "an unknown role": (b'{"messages": [{"role": "bot", "content": "hi"}]}', "invalid_role"),
-    "a role that is a list": (b'{"messages": [{"role": [], "content": "hi"}]}', "invalid_role"),
-    "no content": (b'{"messages": [{"role": "user"}]}', "content_not_text"),
-    "null content": (b'{"messages": [{"role": "assistant", "content": null}]}', "content_not_text"),
-    "no part": (b'{"messages": [{"role": "user", "content": []}]}', "content_not_text"),
-    "an image": (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "content_not_text"),
+    "bytes that are not UTF-8": (b'{"messages": "\xff"}', "invalid_row"),
+    "half a surrogate pair": (b'{"messages": [{"role": "user", "content": "\\ud83d"}]}', "invalid_row"),
+    "half a surrogate pair in a key": (b'{"\\uDC00": 1}', "invalid_row"),
+    "100,000 objects deep": (b'{"a":' * 100_000, "invalid_row"),
+    "100,000 lists deep": (b'{"messages":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "invalid_row"),
+    "65 levels deep": (b'{"messages":' + b"[" * 64 + b"]" * 64 + b"}", "invalid_row"),
+    "64 levels deep": (b'{"messages":' + b"[" * 63 + b"]" * 63 + b"}", "invalid_row"),
+    "65 levels with half a surrogate pair": (b'{"\\ud800":' + b"[" * 64 + b"]" * 64 + b"}", "invalid_row"),
+    "NaN": (b'{"messages": NaN}', "invalid_row"),
+    "minus infinity": (b'{"messages": -Infinity}', "invalid_row"),
+    "1e999": (b'{"messages": 1e999}', "invalid_row"),
+    "an integer of 100,000 digits": (b'{"messages": ' + b"9" * 100_000 + b"}", "invalid_row"),
+    "a duplicate key": (b'{"messages": [], "messages": []}', "invalid_row"),
+    "a nested duplicate key": (b'{"messages": [{"role": "user", "role": "tool"}]}', "invalid_row"),
+    "a list": (b"[1]", "invalid_row"),
+    "null": (b"null", "invalid_row"),
+    "nothing": (b"{}", "invalid_row"),
+    "a completion": (b'{"prompt": "a", "completion": "b"}', "invalid_row"),
+    "a text": (b'{"text": "a"}', "invalid_row"),
+    "an unknown key": (b'{"messages": [], "id": 1}', "invalid_row"),
+    "messages as a string": (b'{"messages": "hi"}', "invalid_row"),
+    "no message": (b'{"messages": []}', "invalid_row"),
+    "a message as a string": (b'{"messages": ["hi"]}', "invalid_row"),
+    "no role": (b'{"messages": [{"content": "hi"}]}', "invalid_row"),
+    "an unknown role": (b'{"messages": [{"role": "bot", "content": "hi"}]}', "invalid_row"),
+    "a role that is a list": (b'{"messages": [{"role": [], "content": "hi"}]}', "invalid_row"),
+    "no content": (b'{"messages": [{"role": "user"}]}', "invalid_row"),
+    "null content": (b'{"messages": [{"role": "assistant", "content": null}]}', "invalid_row"),
+    "no part": (b'{"messages": [{"role": "user", "content": []}]}', "invalid_row"),
+    "an image": (b'{"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}', "invalid_row"),
     "a part of two": (
         b'{"messages": [{"content": [{"type": "text", "text": "a", "x": 1}], "role": "user"}]}',
-        "content_not_text",
+        "invalid_row",
     ),
-    "a bare part": (b'{"messages": [{"role": "user", "content": ["a"]}]}', "content_not_text"),
-    "a tool call": (b'{"messages": [{"role": "assistant", "content": "", "tool_calls": []}]}', "invalid_tool_calls"),
-    "a misspelled key": (b'{"messages": [{"role": "user", "content": "a", "wieght": 0}]}', "unknown_key"),
-    "weight 0.5": (row(weight=0.5), "invalid_weight"),
-    "weight true": (row(weight=True), "invalid_weight"),
-    "a weight on a question": (b'{"messages": [{"role": "user", "content": "a", "weight": 1}]}', "invalid_weight"),
-    "a number as a name": (row(name=7), "invalid_name"),
-    "no assistant": (b'{"messages": [{"role": "user", "content": "hi"}]}', "no_assistant_turn"),
-    "an empty answer": (row(answer=" \n"), "no_assistant_turn"),
-    "a blank line": (b"  ", "blank_line"),
+    "a bare part": (b'{"messages": [{"role": "user", "content": ["a"]}]}', "invalid_row"),
+    "a tool call": (b'{"messages": [{"role": "assistant", "content": "", "tool_calls": []}]}', "invalid_row"),
+    "a misspelled key": (b'{"messages": [{"role": "user", "content": "a", "wieght": 0}]}', "invalid_row"),
+    "weight 0.5": (row(weight=0.5), "invalid_row"),
+    "weight true": (row(weight=True), "invalid_row"),
+    "a weight on a question": (b'{"messages": [{"role": "user", "content": "a", "weight": 1}]}', "invalid_row"),
+    "a number as a name": (row(name=7), "invalid_value"),
+    "no assistant": (b'{"messages": [{"role": "user", "content": "hi"}]}', "invalid_row"),
+    "an empty answer": (row(answer=" \n"), "invalid_row"),
+    "a blank line": (b"  ", "invalid_row"),
 }
 
 
@@ -173,7 +173,7 @@ def test_first_five_bad_lines_are_listed_and_reading_stops() -> None:
 def test_different_problems_have_their_own_remedies() -> None:
     problem = refusal(row() + b"{}\n" + b'{"messages": 1}\n' + row())
 
-    assert problem.code == "messages_missing"
+    assert problem.code == "invalid_row"
     assert problem.message == (
         'Line 2: the key "messages" is missing. Use {"messages": [...]}. '
         "Line 3: messages is a number, not a list. "
@@ -193,7 +193,7 @@ def test_blank_line_runs_are_reported_with_their_extent() -> None:
     assert refusal(row() + b"\n" + row()).message == "Line 2: the line is blank."
     problem = refusal(row() + b"\n \n\n" + row() + b"\n" + row())
 
-    assert problem.code == "blank_line"
+    assert problem.code == "invalid_row"
     assert problem.message == "Line 2: lines 2 to 4 are blank. Line 6: the line is blank."
     assert problem.remedy == "Delete all blank lines before the last row."
     many = refusal((row() + b"\n\n") * 3 + b"{}\n")
@@ -205,7 +205,7 @@ def test_blank_line_runs_are_reported_with_their_extent() -> None:
 def test_file_with_only_masked_rows_is_rejected() -> None:
     problem = refusal(row(weight=0) * 3)
 
-    assert problem.code == "only_masked_rows"
+    assert problem.code == "nothing_to_learn"
     assert problem.message.startswith("Every assistant message with text or tool calls has weight 0")
     assert check(row(weight=0) + row()).num_rows == 2
 
@@ -213,7 +213,7 @@ def test_file_with_only_masked_rows_is_rejected() -> None:
 def test_file_with_too_many_rows_is_rejected_at_the_first_excess_row() -> None:
     problem = refusal(row() * 4, max_rows=3)
 
-    assert problem.code == "too_many_rows"
+    assert problem.code == "file_too_large"
     assert problem.message.startswith("Line 4: ")
 
 
@@ -223,7 +223,7 @@ def test_line_length_limit_is_exact() -> None:
     assert check(line + b"\r\n" + line, max_line_bytes=len(line)).num_rows == 2
     for tail in (b"", b"\n", b"\r\n"):
         problem = refusal(line + b"\n" + line + b"   " + tail, max_line_bytes=len(line))
-        assert problem.code == "line_too_long"
+        assert problem.code == "invalid_row"
         assert f"has {len(line) + 3:,} bytes, but the maximum is {len(line):,}." in problem.message
 
 
@@ -260,7 +260,7 @@ def test_line_of_300_mb_is_rejected_in_bounded_memory() -> None:
         inspect(file, max_line_bytes=8 * MIB, max_rows=100)
 
     grown_bytes = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
-    assert caught.value.code == "line_too_long"
+    assert caught.value.code == "invalid_row"
     num_bytes = len(head) - len(row()) + 300 * MIB + len('"}]}')
     assert caught.value.message.startswith(
         f"Line 2: the line has {num_bytes:,} bytes, but the maximum is 8,388,608. Shorten the row"

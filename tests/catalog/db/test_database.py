@@ -332,7 +332,7 @@ def test_unstorable_value_is_an_invalid_request(world: World) -> None:
     with pytest.raises(InvalidRequest) as refusal:
         world.send(request(training_file=world.file_id), idempotency_key="half a \ud800 character")
 
-    assert refusal.value.code == "unstorable_value"
+    assert refusal.value.code == "invalid_value"
     assert "unpaired surrogate" in refusal.value.message
 
 
@@ -340,7 +340,7 @@ def test_number_that_is_too_large_to_store_is_an_invalid_request(world: World) -
     with pytest.raises(InvalidRequest, match="is too large to store") as refusal, world.db.write() as session:
         session.execute(update(Job).values(num_steps=2**63))
 
-    assert refusal.value.code == "unstorable_value"
+    assert refusal.value.code == "invalid_value"
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)

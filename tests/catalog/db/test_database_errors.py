@@ -98,7 +98,7 @@ def test_operator_learns_the_cause_and_its_fix(error: BaseException, message: st
 def test_unstorable_value_is_named(error: BaseException, message: str) -> None:
     found = reported(error)
 
-    assert found.code == "unstorable_value"
+    assert found.code == "invalid_value"
     assert message in found.message
 
 

@@ -175,7 +175,7 @@ def test_job_is_not_moved_next_to_one_that_is_cancelled_meanwhile(world: World) 
         with pytest.raises(Conflict) as refusal:
             moving.result()
 
-    assert refusal.value.code == "not_in_same_queue"
+    assert refusal.value.code == "invalid_transition"
 
 
 def test_endpoint_that_is_deleted_while_keys_are_sealed_is_skipped(world: World) -> None:

@@ -147,12 +147,12 @@ def test_alembic_check_finds_tables_missing_from_the_code(older_url: str) -> Non
 @pytest.mark.parametrize(
     ("revision", "code", "remedy"),
     [
-        (LATER, "database_too_new", "or a later one"),
-        (UNRELEASED, "database_not_upgradable", "to an empty database"),
-        ("0001_initial", "database_not_upgradable", "to an empty database"),
-        ("0009_export_refusals", "database_not_upgradable", "to an empty database"),
-        ("0001_initial_schema", "database_not_upgradable", "to an empty database"),
-        ("0001", "database_not_upgradable", "to an empty database"),  # alembic would resolve it to 0001_tables
+        (LATER, "database_incompatible", "or a later one"),
+        (UNRELEASED, "database_incompatible", "to an empty database"),
+        ("0001_initial", "database_incompatible", "to an empty database"),
+        ("0009_export_refusals", "database_incompatible", "to an empty database"),
+        ("0001_initial_schema", "database_incompatible", "to an empty database"),
+        ("0001", "database_incompatible", "to an empty database"),  # alembic would resolve it to 0001_tables
     ],
 )
 def test_unknown_revision_is_not_migrated_and_the_remedy_is_given(

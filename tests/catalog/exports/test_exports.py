@@ -10,6 +10,7 @@ import pytest
 
 from catalog.caller import Caller
 from catalog.db.database import read_clock
+from catalog.error_texts import ErrorText
 from catalog.errors import (
     Conflict,
     Forbidden,
@@ -37,8 +38,10 @@ from catalog.usage import ledger, stored_bytes
 from tests.catalog.db.interleaving import after_statement
 from tests.catalog.world import World, attempts, claim_task, manifest
 
-FAULT = OutOfSpace("It failed.", code="some_code", remedy="Do this.")
-SCARCE = InvalidRequest("The export needs 9 GB, but worker w1 has 1 GB.", code="export_memory", remedy="Wait.")
+FAULT = OutOfSpace(ErrorText(code="some_code", message="It failed.", remedy="Do this."))
+SCARCE = InvalidRequest(
+    ErrorText(code="export_failed", message="The export needs 9 GB, but worker w1 has 1 GB.", remedy="Wait.")
+)
 LLAMA: dict[str, Any] = {"architecture": "LlamaForCausalLM"}
 ALLOWED: dict[str, Any] = {"allowed_repositories": ["org/*"]}
 
@@ -151,7 +154,7 @@ def test_refused_export_waits_for_another_worker_and_counts_no_attempt(world: Wo
     refuse(world)
 
     assert (shown(world, row).status, attempts(world.db, row.id)) == ("queued", 0)
-    assert shown(world, row).error == {"code": "export_memory", "message": SCARCE.message, "remedy": "Wait."}
+    assert shown(world, row).error == {"code": "export_failed", "message": SCARCE.message, "remedy": "Wait."}
     assert claim(world).export_id == row.id
     assert (shown(world, row).error, shown(world, row).refused_since) == (None, None)
 
@@ -169,7 +172,7 @@ def test_export_fails_if_no_worker_has_taken_it_a_day_after_the_first_refusal(wo
     assert done.status == "failed"
     assert not is_any_waiting(world)
     assert done.error == {
-        "code": "export_memory",
+        "code": "export_failed",
         "message": f"{SCARCE.message} No worker has taken the export for {hours} hours.",
         "remedy": "Wait. Then create the export again.",
     }
@@ -294,7 +297,7 @@ def test_base_model_of_an_unfinished_export_cannot_be_deleted(world: World, adap
     with pytest.raises(Conflict, match=f"in use by export {row.id}") as caught:
         base_models.delete(world.db, adapter.base_model)
 
-    assert (caught.value.code, "cancel them" in caught.value.remedy) == ("model_in_use", True)
+    assert (caught.value.code, "cancel them" in caught.value.remedy) == ("in_use", True)
     commands.cancel(world.db, project_id=row.project_id, adapter=adapter.id, export=row.id)
     create(world, adapter, "adapter", hub_repository="org/x", **ALLOWED)
     base_models.delete(world.db, adapter.base_model)
@@ -309,7 +312,7 @@ def test_upload_to_a_repository_that_the_operator_does_not_list_is_refused(
     with pytest.raises(Forbidden, match=reason) as caught:
         create(world, adapter, hub_repository="org/x", allowed_repositories=allowed)
 
-    assert (caught.value.code, caught.value.param) == ("hub_repository_not_allowed", "hub_repository")
+    assert (caught.value.code, caught.value.param) == ("integration_unavailable", "hub_repository")
     assert "org/x or org/*" in caught.value.remedy
 
 

@@ -64,9 +64,9 @@ def beat(world: World, worker_id: str) -> bool:
 @pytest.mark.parametrize(
     ("revision", "code", "remedy"),
     [
-        (OLDER, "database_too_old", "Run `python -m api bootstrap` from this version"),
-        (LATER, "worker_too_old", "Install the service's version"),
-        (UNRELEASED, "database_not_upgradable", "to an empty database"),
+        (OLDER, "database_incompatible", "Run `python -m api bootstrap` from this version"),
+        (LATER, "worker_incompatible", "Install the service's version"),
+        (UNRELEASED, "database_incompatible", "to an empty database"),
     ],
 )
 def test_worker_at_another_revision_is_rejected_with_a_remedy(
@@ -105,13 +105,13 @@ def test_database_without_a_revision_is_too_old(restored: World) -> None:
     with restored.db.write() as session:
         session.execute(delete(revisions.VERSIONS))
 
-    with pytest.raises(UnfitWorker, match="but the database has no revision"):
+    with pytest.raises(UnfitWorker, match="but the database is at revision none"):
         compatibility.check(restored.db)
 
 
 @pytest.mark.parametrize(
     ("protocol", "code", "remedy"),
-    [(3, "worker_too_old", "Install Lorry "), (6, "worker_too_new", "Upgrade the service first")],
+    [(3, "worker_incompatible", "Install Lorry "), (6, "worker_incompatible", "Upgrade the service first")],
 )
 def test_worker_outside_the_protocol_range_is_rejected_with_a_remedy(
     world: World, monkeypatch: pytest.MonkeyPatch, protocol: int, code: str, remedy: str
@@ -175,7 +175,7 @@ def test_service_accepts_newer_tables_and_rejects_older_ones(restored: World, ne
         world.db.read() as session,
     ):
         compatibility.check_tables(session)
-    assert refused.value.code == "database_too_old"
+    assert refused.value.code == "database_incompatible"
     assert "python -m api bootstrap" in refused.value.remedy
 
 
@@ -185,7 +185,7 @@ def test_service_rejects_tables_of_unreleased_builds(restored: World) -> None:
     with pytest.raises(Conflict, match=f"revision {UNRELEASED}") as refused, restored.db.read() as session:
         compatibility.check_tables(session)
 
-    assert refused.value.code == "database_not_upgradable"
+    assert refused.value.code == "database_incompatible"
     assert "to an empty database" in refused.value.remedy
 
 

@@ -206,7 +206,7 @@ def test_job_cannot_choose_the_entity_of_the_service(world: World) -> None:
     with pytest.raises(InvalidRequest, match="entity") as refused:
         world.submit(integrations=[{"type": "wandb", "wandb": {"project": "p", "entity": "another-team"}}])
 
-    assert refused.value.code == "integration_entity_not_allowed"
+    assert refused.value.code == "integration_unavailable"
     assert refused.value.param == "integrations.0.wandb.entity"
     assert "WANDB_ENTITY" in refused.value.remedy
 

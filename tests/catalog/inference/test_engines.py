@@ -181,7 +181,7 @@ def test_clients_are_told_if_no_worker_runs_and_batches_wait(world: World) -> No
 
     with pytest.raises(NoWorker) as refused:
         want(world)
-    assert (refused.value.status, refused.value.code) == (503, "no_worker")
+    assert (refused.value.status, refused.value.code) == (503, "inference_timeout")
     assert want(world, is_batch=True) is None
 
 

@@ -57,7 +57,7 @@ def test_adapter_answers_as_it_was_trained(world: World) -> None:
     base_models.delete(world.db, "smol")
     with pytest.raises(Conflict, match="deleted or replaced") as refused:
         resolve(world, name)
-    assert refused.value.code == "base_changed"
+    assert refused.value.code == "model_changed"
     assert "`lorry models add smol SOURCE`" in refused.value.remedy
 
 

@@ -32,7 +32,7 @@ def test_model_that_is_importing_or_failed_is_rejected(world: World) -> None:
     with pytest.raises(InvalidRequest, match=r"failed: unsupported_model\.$") as failed:
         world.submit(model="new")
 
-    assert (early.value.code, failed.value.code) == ("model_not_ready", "model_import_failed")
+    assert (early.value.code, failed.value.code) == ("not_ready", "import_failed")
 
 
 def test_operator_sees_why_a_model_import_failed(world: World) -> None:
@@ -106,7 +106,7 @@ def test_conflicting_learning_rates_are_rejected(world: World, at_the_top: bool)
     with pytest.raises(InvalidRequest) as refusal:
         world.submit(**fields)
 
-    assert (refusal.value.code, refusal.value.param) == ("conflicting_learning_rates", "optimizer.learning_rate")
+    assert (refusal.value.code, refusal.value.param) == ("conflicting_value", "optimizer.learning_rate")
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_learning_rate_and_multiplier_are_equivalent(
 def test_sgd_and_adafactor_need_an_explicit_learning_rate(world: World, optimizer: str) -> None:
     with pytest.raises(InvalidRequest) as refusal:
         world.submit(optimizer={"type": optimizer})
-    assert (refusal.value.code, refusal.value.param) == ("learning_rate_required", "optimizer.learning_rate")
+    assert (refusal.value.code, refusal.value.param) == ("conflicting_value", "optimizer.learning_rate")
     usual = {"sgd": "from 0.002 to 0.2", "adafactor": "from 0.1 to 1"}[optimizer]
     assert refusal.value.remedy == f"Set optimizer.learning_rate, typically to a value {usual}."
     assert world.submit(optimizer={"type": optimizer, "learning_rate": 0.1}).id
@@ -154,7 +154,7 @@ def test_options_that_use_validation_loss_need_a_validation_file(
 ) -> None:
     with pytest.raises(InvalidRequest) as refusal:
         world.submit(**fields)
-    assert (refusal.value.code, refusal.value.param) == ("validation_file_required", param)
+    assert (refusal.value.code, refusal.value.param) == ("missing_required_parameter", param)
 
     spec = world.submit(**fields, validation_file=world.file()).spec
     assert spec["evaluation"]["keep"] == ("last" if param == "evaluation.every_steps" else "best")
@@ -201,7 +201,7 @@ def test_evaluation_options_without_a_timely_evaluation_are_rejected(world: Worl
     for requested in (every(26, fields), every(11, fields) | ten):
         with pytest.raises(InvalidRequest, match="requires evaluations during training") as refusal:
             world.submit(**usual, **requested)
-        assert (refusal.value.code, refusal.value.param) == ("no_evaluation_in_time", "evaluation.every_steps")
+        assert (refusal.value.code, refusal.value.param) == ("conflicting_value", "evaluation.every_steps")
 
     for requested in (every(25, fields), every(10, fields) | ten, fields | ten):
         assert world.submit(**usual, **requested).id
@@ -256,13 +256,13 @@ def test_unusable_files_are_rejected_by_field(world: World, param: str) -> None:
     assert codes == {
         "foreign": "file_not_found",
         "none": "file_not_found",
-        "purpose": "wrong_file_purpose",
-        "empty": "empty_file",
+        "purpose": "wrong_file_kind",
+        "empty": "file_empty",
     }
 
 
 def test_unknown_target_modules_are_rejected_with_the_available_names(world: World) -> None:
-    with pytest.raises(InvalidRequest, match="no linear layer named wq") as refusal:
+    with pytest.raises(InvalidRequest, match="no linear layers named wq") as refusal:
         world.submit(lora={"target_modules": ["q_proj", "wq"]})
 
     assert refusal.value.code == "unknown_target_modules"
@@ -300,10 +300,10 @@ def test_out_of_range_fields_are_rejected(fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("data", "kind", "code"),
     [
-        ({"loss": "last_turn"}, "text", "loss_needs_chat"),
-        ({"loss": "last_turn"}, "completion", "loss_needs_chat"),
-        ({"overflow": "split"}, "completion", "split_needs_text"),
-        ({"overflow": "split"}, "chat", "split_needs_text"),
+        ({"loss": "last_turn"}, "text", "wrong_file_kind"),
+        ({"loss": "last_turn"}, "completion", "wrong_file_kind"),
+        ({"overflow": "split"}, "completion", "wrong_file_kind"),
+        ({"overflow": "split"}, "chat", "wrong_file_kind"),
     ],
 )
 @pytest.mark.parametrize("field", ["training_file", "validation_file"])
@@ -327,7 +327,7 @@ def test_sample_prompts_need_a_validation_file_and_are_bounded(world: World) -> 
     with pytest.raises(InvalidRequest) as refusal:
         world.submit(evaluation={"samples": samples})
 
-    assert (refusal.value.code, refusal.value.param) == ("validation_file_required", "evaluation.samples")
+    assert (refusal.value.code, refusal.value.param) == ("missing_required_parameter", "evaluation.samples")
     job = world.submit(evaluation={"samples": samples}, validation_file=world.file())
     assert job.spec["evaluation"]["samples"] == samples
     for wrong in ({"prompts": []}, {"prompts": ["a"] * 9}, {"prompts": [" "]}, {"prompts": ["a"], "max_tokens": 129}):

@@ -48,7 +48,7 @@ def test_finished_job_cannot_be_canceled_paused_or_resumed(world: World) -> None
     for verb in (commands.cancel, commands.pause, commands.resume):
         with pytest.raises(Conflict) as refusal:
             verb(world.db, **world.of(job.id))
-        assert refusal.value.code == "job_already_final"
+        assert refusal.value.code == "invalid_transition"
         assert refusal.value.remedy
 
 
@@ -118,7 +118,7 @@ def test_job_being_canceled_cannot_be_paused_or_resumed(world: World) -> None:
     commands.cancel(world.db, **verb)
     commands.cancel(world.db, **verb)
 
-    for ask, code in ((commands.pause, "job_canceling"), (commands.resume, "job_not_paused")):
+    for ask, code in ((commands.pause, "invalid_transition"), (commands.resume, "invalid_transition")):
         with pytest.raises(Conflict, match="because it is being cancelled") as refusal:
             ask(world.db, **verb)
         assert (refusal.value.code, refusal.value.remedy) == (code, "To train again, create a new job.")

@@ -117,7 +117,7 @@ def test_pages_have_no_gaps_or_repeats(world: World) -> None:
     assert seen == made[::-1]
     with pytest.raises(InvalidRequest) as refusal:
         commands.list_page(world.db, project_id=world.caller.project_id, after="ftjob-0")
-    assert refusal.value.code == "unknown_cursor"
+    assert refusal.value.code == "conflicting_value"
 
 
 def test_job_list_is_filtered_by_labels(world: World) -> None:

@@ -77,7 +77,7 @@ def test_move_target_must_wait_in_the_same_class_and_project(world: World) -> No
         assert invalid.value.param == next(reversed(target), None)
     with pytest.raises(Conflict, match=f"Job {urgent.id} has priority 'urgent', but job {job.id} has") as refusal:
         move(world, job, after=urgent.id)
-    assert (refusal.value.code, refusal.value.param) == ("not_in_same_queue", "after")
+    assert (refusal.value.code, refusal.value.param) == ("invalid_transition", "after")
     with pytest.raises(NotFound):
         move(world, job, before=foreign.id)
     with pytest.raises(NotFound):
@@ -85,7 +85,7 @@ def test_move_target_must_wait_in_the_same_class_and_project(world: World) -> No
     (claim,) = world.claim(capacity=ONE)
     with pytest.raises(Conflict) as refusal:
         move(world, claim.job, to="last")
-    assert refusal.value.code == "job_not_waiting"
+    assert refusal.value.code == "invalid_transition"
     assert refusal.value.remedy == "No action is needed: the job is already training."
 
 
@@ -131,7 +131,7 @@ def test_only_waiting_jobs_can_be_held_and_a_pause_ends_the_hold(world: World) -
     claim = world.running()
     with pytest.raises(Conflict) as refusal:
         queue_position.hold(world.db, **world.of(claim.job.id))
-    assert refusal.value.code == "job_not_waiting"
+    assert refusal.value.code == "invalid_transition"
     assert f"`lorry jobs pause {claim.job.id}`" in refusal.value.remedy
     held = world.queued()
     queue_position.hold(world.db, **world.of(held.id))

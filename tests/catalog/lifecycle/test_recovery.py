@@ -252,7 +252,7 @@ def test_file_that_kills_every_worker_is_finally_rejected(world: World) -> None:
     assert begin_preparation(world.db) is None
 
     failed = world.job(job.id)
-    assert (failed.state, (failed.error or {})["code"]) == (JobState.FAILED, "preparation_lost")
+    assert (failed.state, (failed.error or {})["code"]) == (JobState.FAILED, "preparation_failed")
     assert "failed 5 times" in (failed.error or {})["message"]
 
 

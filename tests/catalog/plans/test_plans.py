@@ -131,7 +131,7 @@ def test_plan_of_a_lost_worker_is_retried_and_fails_after_the_limit(world: World
     assert begin_plan(world.db, "w1") is None
     assert look(world, row).state == "failed"
     error = look(world, row).error or {}
-    assert (error["code"], error["param"]) == ("preparation_lost", "training_file")
+    assert (error["code"], error["param"]) == ("preparation_failed", "training_file")
     assert error["message"].endswith("Once the workers run normally, create the job or plan again.")
     with pytest.raises(Conflict, match="was lost") as refused:
         submit(world, row)
@@ -156,7 +156,7 @@ def test_renewed_plan_lease_is_kept_and_a_deleted_plan_ends_it(world: World) -> 
     ("gone", "code", "remedy"),
     [
         ("file", "file_not_found", "Upload it again, and create a new plan with the new file's ID."),
-        ("base", "base_changed", "Create a new plan with another base model."),
+        ("base", "model_changed", "Create a new plan with another base model."),
     ],
 )
 def test_plan_fails_if_its_file_or_base_is_gone_before_it_is_computed(
@@ -213,7 +213,7 @@ def test_fields_given_with_a_plan_must_match_it(world: World) -> None:
     ):
         with pytest.raises(Conflict) as refused:
             submit(world, row, **other)
-        assert (refused.value.code, refused.value.message) == ("differs_from_plan", message)
+        assert (refused.value.code, refused.value.message) == ("plan_outdated", message)
     with pytest.raises(ValidationError):
         submit(world, row, unheard_of=1)
 

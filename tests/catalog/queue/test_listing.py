@@ -321,7 +321,8 @@ def test_explanations_of_all_other_states(world: World) -> None:
     assert sentences == {
         "cancelled": "It was cancelled.",
         "paused": f"It is paused. To continue where it stopped: `lorry jobs resume {paused.id}`.",
-        "failed": "It failed. Too long.",
+        "failed": "It failed. Too long. "
+        "Correct the file or the setting that the message names, and submit the job again.",
         "succeeded": f"It has succeeded: its adapter is {world.job(succeeded.job.id).adapter_name}.",
         "running": "It is starting on worker w1, attempt 1. The base model is being loaded.",
     }
@@ -368,7 +369,7 @@ def test_dora_on_a_quantized_base_is_rejected_at_submission(world: World) -> Non
     with pytest.raises(InvalidRequest) as refusal:
         world.submit(quantization="nf4", lora={"use_dora": True})
 
-    assert (refusal.value.code, refusal.value.param) == ("dora_unsupported_with_quantization", "lora.use_dora")
+    assert (refusal.value.code, refusal.value.param) == ("conflicting_value", "lora.use_dora")
 
 
 @pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
@@ -376,7 +377,7 @@ def test_weight_based_init_on_a_quantized_base_is_rejected(world: World, init: s
     with pytest.raises(InvalidRequest) as refusal:
         world.submit(quantization="nf4", lora={"init_lora_weights": init})
 
-    assert (refusal.value.code, refusal.value.param) == ("init_unsupported_with_quantization", "lora.init_lora_weights")
+    assert (refusal.value.code, refusal.value.param) == ("conflicting_value", "lora.init_lora_weights")
     assert world.submit(quantization="nf4", lora={"init_lora_weights": "gaussian"}).state == "validating_files"
 
 

@@ -256,7 +256,7 @@ def test_partially_freed_memory_is_not_taken_by_a_joiner(world: World) -> None:
     assert len(world.claim(capacity=free_so_far, pack_key=key)) == 1
 
 
-@pytest.mark.parametrize("fault", [Unavailable("Away.", code="database_unavailable", remedy=""), RuntimeError("odd")])
+@pytest.mark.parametrize("fault", [Unavailable("database_unavailable"), RuntimeError("odd")])
 def test_error_in_a_preemption_decision_does_not_affect_leases(
     world: World,
     batch: Claim,

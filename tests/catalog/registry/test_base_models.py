@@ -31,18 +31,18 @@ def test_adding_the_same_base_is_idempotent_and_another_is_rejected(world: World
     assert (first.state, again.created_at) == ("importing", first.created_at)
     with pytest.raises(Conflict) as refusal:
         base_models.add(world.db, name="b", kind="hub", source="org/c", revision="main")
-    assert refusal.value.code == "model_exists"
+    assert refusal.value.code == "already_exists"
 
 
 @pytest.mark.parametrize(
     ("name", "kind", "source", "code", "fragment"),
     [
-        ("a/b", "hub", "org/b", "invalid_name", "it contains '/'"),
-        ("b\n", "hub", "org/b", "invalid_name", r"it contains '\n'"),
-        ("b", "pickle", "org/b", "invalid_kind", "must be 'hub', 'folder' or 'gguf'"),
-        ("b", "hub", " ", "invalid_source", "is blank"),
-        ("b", "folder", "\x19", "invalid_source", r"'\x19' at position 1."),
-        ("b", "folder", "/models/a\n", "invalid_source", r"'\n' at position 10."),
+        ("a/b", "hub", "org/b", "invalid_value", "it contains '/'"),
+        ("b\n", "hub", "org/b", "invalid_value", r"it contains '\n'"),
+        ("b", "pickle", "org/b", "invalid_value", "must be 'hub', 'folder' or 'gguf'"),
+        ("b", "hub", " ", "invalid_value", "is blank"),
+        ("b", "folder", "\x19", "invalid_value", r"'\x19' at position 1."),
+        ("b", "folder", "/models/a\n", "invalid_value", r"'\n' at position 10."),
     ],
 )
 def test_base_with_an_invalid_name_kind_or_source_is_rejected(
@@ -103,7 +103,7 @@ def test_import_that_kills_every_worker_fails_and_can_be_repeated(world: World) 
     assert base_models.begin_import(world.db, _claim(world)) is None
 
     failed = base_models.get(world.db, "b")
-    assert (failed.state, (failed.error or {})["code"]) == ("failed", "import_lost")
+    assert (failed.state, (failed.error or {})["code"]) == ("failed", "import_failed")
     assert "5 workers were lost" in (failed.error or {})["message"]
     assert try_claim(world.db, TaskKind.IMPORT) is None
     assert base_models.add(world.db, **wanted).state == "importing"
@@ -256,7 +256,7 @@ def test_base_of_an_unfinished_job_cannot_be_deleted(world: World, state: str) -
     with pytest.raises(Conflict) as refusal:
         base_models.delete(world.db, "smol")
 
-    assert refusal.value.code == "model_in_use"
+    assert refusal.value.code == "in_use"
     assert job.id in refusal.value.message
     assert base_models.get(world.db, "smol").state == "ready"
 

@@ -178,7 +178,7 @@ def test_refused_deletion_of_a_model_names_only_jobs_of_its_project(owners: str,
 
     error = checkpoints.in_use("adapter", "m", children, "o", param="adapter")
 
-    assert (error.message, error.remedy) == (f"Adapter 'm' is in use by {users} finished.", remedy)
+    assert (error.message, error.remedy) == (f"The adapter 'm' is in use by {users} finished.", remedy)
 
 
 def test_deleted_checkpoint_model_is_gone_but_its_job_still_resumes(world: World) -> None:

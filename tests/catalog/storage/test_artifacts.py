@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from obstore.exceptions import GenericError, PermissionDeniedError
 
+from catalog.error_texts import ErrorText
 from catalog.errors import OutOfSpace, Unavailable
 from catalog.settings import Settings
 from catalog.storage.manifest import DamagedArtifact, Manifest, ManifestFile, check_path
@@ -184,7 +185,7 @@ def test_time_of_a_full_bucket_is_read_from_the_last_probe(
     before = objects.now()
 
     def full(*_: Any) -> None:
-        raise OutOfSpace("full", code="out_of_space", remedy="")
+        raise OutOfSpace(ErrorText(code="out_of_space", message="full", remedy=""))
 
     monkeypatch.setattr(objects, "put", full)
 

@@ -122,13 +122,13 @@ def test_identical_uploads_are_two_files_and_one_blob(upload: Uploader, store: A
 
 
 REFUSALS: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
-    "a bad row": ({"content": ROW + b"\n{}"}, InvalidRequest, "messages_missing"),
+    "a bad row": ({"content": ROW + b"\n{}"}, InvalidRequest, "invalid_row"),
     "an empty file": ({"content": b""}, InvalidRequest, "file_empty"),
     "an empty file of user data": ({"content": b"", "purpose": "user_data"}, InvalidRequest, "file_empty"),
-    "an unknown purpose": ({"purpose": "vision\x1b"}, InvalidRequest, "invalid_purpose"),
-    "a result's purpose": ({"purpose": "fine-tune-results"}, InvalidRequest, "invalid_purpose"),
+    "an unknown purpose": ({"purpose": "vision\x1b"}, InvalidRequest, "wrong_file_kind"),
+    "a result's purpose": ({"purpose": "fine-tune-results"}, InvalidRequest, "wrong_file_kind"),
     "too many bytes": ({"content": ROW + b" " * 10_000}, TooLarge, "file_too_large"),
-    "other bytes than were sent": ({"digest": "0" * 64}, Unavailable, "upload_damaged"),
+    "other bytes than were sent": ({"digest": "0" * 64}, Unavailable, "upload_incomplete"),
 }
 
 
@@ -141,7 +141,7 @@ def test_rejected_upload_leaves_no_file(
 
     assert getattr(caught.value, "code", None) == code
     assert files.list_page(db, project_id="ours").items == []
-    assert code == "upload_damaged" or upload.nothing_was_kept()
+    assert code == "upload_incomplete" or upload.nothing_was_kept()
 
 
 def test_rejected_upload_is_named(upload: Uploader) -> None:
@@ -168,7 +168,7 @@ def test_disk_that_fills_during_an_upload_keeps_nothing(db: Database, tmp_path: 
 
 def test_failed_transaction_lists_no_file(upload: Uploader, db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(session: Any) -> float:
-        raise Unavailable("The database does not answer.", code="database_unavailable", remedy="Try again.")
+        raise Unavailable("database_unavailable")
 
     with monkeypatch.context() as failing:
         failing.setattr(files, "read_clock", fail)
@@ -234,7 +234,7 @@ def test_file_of_an_unfinished_job_cannot_be_deleted(
         return
     with pytest.raises(Conflict, match=job) as caught:
         files.delete(db, project_id="ours", file_id=file.id)
-    assert caught.value.code == "file_in_use"
+    assert caught.value.code == "in_use"
 
 
 def test_refused_deletion_of_a_file_names_up_to_three_of_its_jobs(upload: Uploader, db: Database) -> None:

@@ -163,8 +163,8 @@ def test_total_size_and_number_of_parts_are_limited(sender: Sender, monkeypatch:
         sender.part(many_id, content)
 
     for upload_id, content, code in (
-        (large_id, b"yy", "upload_too_large"),
-        (many_id, b"c", "too_many_parts"),
+        (large_id, b"yy", "file_too_large"),
+        (many_id, b"c", "file_too_large"),
     ):
         with pytest.raises(TooLarge) as refused:
             sender.part(upload_id, content)

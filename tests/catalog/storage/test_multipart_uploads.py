@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import select
 
 from catalog.datasets.check_process import CheckCrashed
+from catalog.error_texts import ErrorText
 from catalog.errors import (
     Conflict,
     InvalidRequest,
@@ -64,10 +65,10 @@ def test_rejected_completion_makes_no_file_and_leaves_the_upload_open(sender: Se
     refusals: list[tuple[str, str, tuple[str, ...], str | None, str]] = [
         ("upload_incomplete", upload_id, (one, two), None, f"upload {upload_id} was created with {len(WHOLE)} as"),
         ("upload_incomplete", upload_id, (one, two, three, three), None, f"total size of {len(WHOLE + THREE)} bytes"),
-        ("part_not_found", upload_id, (one, two, bad), None, f"'part_ids[2]' is '{bad}', but upload {upload_id}"),
-        ("part_not_found", upload_id, (one, "part-x", two), None, "'part_ids[1]' is 'part-x'"),
-        ("md5_mismatch", upload_id, (one, three, two), right, f"{upload_id} have the MD5 checksum {wrong}"),
-        ("not_jsonl", other_id, (bad,), None, "Line 1"),
+        ("upload_not_found", upload_id, (one, two, bad), None, f"'part_ids[2]' is '{bad}', but upload {upload_id}"),
+        ("upload_not_found", upload_id, (one, "part-x", two), None, "'part_ids[1]' is 'part-x'"),
+        ("upload_incomplete", upload_id, (one, three, two), right, f"{upload_id} have the MD5 checksum {wrong}"),
+        ("invalid_row", other_id, (bad,), None, "Line 1"),
     ]
 
     for code, refused_id, part_ids, md5, fragment in refusals:
@@ -100,7 +101,7 @@ def test_ended_upload_rejects_further_requests(sender: Sender, end: str) -> None
     for verb in verbs:
         with pytest.raises(Conflict) as refused:
             verb()
-        assert refused.value.code == f"upload_{end}"
+        assert refused.value.code == "invalid_transition"
     if end == "expired":
         assert sender.cancel(upload_id).status == "expired"
     else:
@@ -190,13 +191,13 @@ def test_rejected_completions_are_limited(sender: Sender, monkeypatch: pytest.Mo
     with pytest.raises(Conflict) as refused:
         sender.complete(upload_id, part)
 
-    assert refused.value.code == "too_many_completions"
+    assert refused.value.code == "invalid_transition"
     assert sender.made() == []
 
 
 def test_crashed_check_counts_as_a_completion(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*_: Any, **__: Any) -> None:
-        raise CheckCrashed("The process ended.", code="dataset_check_failed", remedy="Try again.")
+        raise CheckCrashed(ErrorText(code="preparation_failed", message="The process ended.", remedy="Try again."))
 
     monkeypatch.setattr(multipart_uploads, "MAX_COMPLETIONS", 2)
     monkeypatch.setattr(files, "stored", crash)
@@ -209,12 +210,14 @@ def test_crashed_check_counts_as_a_completion(sender: Sender, monkeypatch: pytes
     with pytest.raises(Conflict) as refused:
         sender.complete(upload_id, part)
 
-    assert refused.value.code == "too_many_completions"
+    assert refused.value.code == "invalid_transition"
 
 
 def test_completion_that_the_service_failed_does_not_count(sender: Sender, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(*_: Any, **__: Any) -> None:
-        raise Unavailable("The store does not answer.", code="store_unavailable", remedy="Try again.")
+        raise Unavailable(
+            ErrorText(code="store_unavailable", message="The store does not answer.", remedy="Try again.")
+        )
 
     monkeypatch.setattr(multipart_uploads, "MAX_COMPLETIONS", 2)
     upload_id = sender.begin(len(ONE))
@@ -250,7 +253,7 @@ def test_upload_of_another_project_is_not_found(sender: Sender) -> None:
     [
         ({"num_bytes": 1_001}, "file_too_large", "bytes"),
         ({"num_bytes": 0}, "file_empty", "bytes"),
-        ({"purpose": "fine-tune-results"}, "invalid_purpose", "purpose"),
+        ({"purpose": "fine-tune-results"}, "wrong_file_kind", "purpose"),
     ],
 )
 def test_upload_that_would_fail_at_completion_is_rejected_at_creation(

@@ -305,7 +305,7 @@ def test_outdated_sweep_creates_no_further_trials_and_reports_it(world: World) -
     ended = view(world, sweep_id).sweep
     assert (ended.state, ended.num_created) == ("succeeded", 1)
     assert ended.error is not None
-    assert ended.error["code"] == "sweep_outdated"
+    assert ended.error["code"] == "plan_outdated"
     assert "rejects 'of_old'" in ended.error["message"]
 
 

@@ -109,9 +109,9 @@ def test_limits_and_values_are_checked_even_if_not_drawn(search: str) -> None:
 
 
 def test_metrics_without_the_required_file_or_method_are_rejected() -> None:
-    assert refused(validation_file=None).code == "validation_file_required"
+    assert refused(validation_file=None).code == "missing_required_parameter"
     assert refused(validation_file=None, parameters={"lora.rnak": RANK}).param == "parameters.lora.rnak"
-    assert refused(objective={"metric": "valid_reward_margin"}).code == "metric_of_another_method"
+    assert refused(objective={"metric": "valid_reward_margin"}).code == "conflicting_value"
     assert len(checked(design_of(validation_file=None, objective={"metric": "train_loss"}))) == 3
 
 
@@ -165,14 +165,14 @@ def test_unreachable_rungs_are_rejected() -> None:
     ):
         with pytest.raises(InvalidRequest, match="the shortest trial ends at step 20") as error:
             rungs_of(20, **fields)
-        assert (error.value.code, error.value.param) == ("no_rung_in_time", param)
+        assert (error.value.code, error.value.param) == ("conflicting_value", param)
     design = design_of(search={"type": "grid", "pruner": "asha"}, data={"overflow": "split"})
     with pytest.raises(InvalidRequest, match=r"data\.overflow is 'split'") as error:
         rungs(design, checked(design), num_rows=100)
-    assert error.value.code == "min_steps_required"
+    assert error.value.code == "conflicting_value"
 
 
 def test_evaluation_interval_cannot_vary_with_a_pruner() -> None:
     varied = {"evaluation.every_steps": {"values": [5, 10]}}
 
-    assert refused(parameters=varied, search={"type": "asha", "trials": 2}).code == "fixed_in_a_sweep"
+    assert refused(parameters=varied, search={"type": "asha", "trials": 2}).code == "invalid_value"

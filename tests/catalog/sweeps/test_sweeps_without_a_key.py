@@ -61,7 +61,7 @@ def test_sweep_of_an_expired_key_is_closed(world: World) -> None:
     advance(world)
 
     sweep = found(world, sweep_id)
-    assert (sweep.num_created, error_code(sweep)) == (creation.AT_ONCE, "api_key_expired")
+    assert (sweep.num_created, error_code(sweep)) == (creation.AT_ONCE, "api_key_revoked")
 
 
 def test_sweep_of_an_archived_project_is_closed(world: World) -> None:

@@ -94,7 +94,7 @@ def test_cross_project_scopes_require_an_operator_key(world: World) -> None:
         make(world, operator, scopes=["models:write"])
     row, _ = make(world, operator, scopes=["models:write"], is_operator=True, project="theirs")
 
-    assert refusal.value.code == "operator_scope"
+    assert refusal.value.code == "operator_required"
     assert "set 'is_operator' to true" in refusal.value.remedy
     with pytest.raises(InvalidRequest) as refusal:
         make(world, world.caller, scopes=["models:write", "projects:write", "jobs:read", "workers:write"])
@@ -121,7 +121,7 @@ def test_both_keys_are_valid_during_the_rotation_overlap(world: World) -> None:
     assert opens(world, new_secret)
     with pytest.raises(Conflict) as late:
         rotate(world, world.caller, old.id)
-    assert [again.value.code, late.value.code] == ["key_already_rotated", "key_not_live"]
+    assert [again.value.code, late.value.code] == ["key_not_live", "key_not_live"]
     assert all(old.id in error.value.message for error in (again, late))
     assert f"`lorry keys rotate {new.id}`" in again.value.remedy
 
@@ -274,7 +274,7 @@ def test_project_names_are_unique_and_valid(world: World) -> None:
         projects.rename(world.db, caller=operator, project="search", name="ours")
     renamed = projects.rename(world.db, caller=operator, project=made.id, name="find")
 
-    assert taken.value.code == "project_exists"
+    assert taken.value.code == "already_exists"
     assert projects.create(world.db, "find", is_client_retry=True).id == renamed.id == made.id
     assert projects.rename(world.db, caller=operator, project="find", name="find").name == "find"
     for name, fault in (("", "empty"), ("a/b", "contains '/'"), ("x" * 65, "65 characters"), ("-a", "starts with '-'")):
@@ -338,7 +338,7 @@ def test_valid_keys_per_project_are_limited(world: World, monkeypatch: pytest.Mo
     for beyond in (create, lambda: rotate(kept, 10)):
         with pytest.raises(Conflict) as refusal:
             beyond()
-        assert refusal.value.code == "too_many_keys"
+        assert refusal.value.code == "limit_reached"
         remedies.append(refusal.value.remedy)
     assert ["--overlap 0s" in remedy for remedy in remedies] == [False, True]
     assert all("`lorry keys list --project ours`" in remedy for remedy in remedies)

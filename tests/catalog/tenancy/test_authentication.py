@@ -118,7 +118,7 @@ def test_key_is_valid_while_the_database_cannot_be_written(
 
     @contextmanager
     def refusing(_: Database) -> Iterator[Session]:
-        raise trouble("Not now.", code="not_now", remedy="Wait.")
+        raise trouble("database_unavailable")
         yield
 
     monkeypatch.setattr(Database, "write", refusing)

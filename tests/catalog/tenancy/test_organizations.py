@@ -34,7 +34,7 @@ def test_organization_names_are_unique_and_valid(world: World, operator: Caller)
         organizations.rename(world.db, caller=operator, organization="research", name="default")
     renamed = organizations.rename(world.db, caller=operator, organization=made.id, name="science")
 
-    assert (taken.value.code, made.id in taken.value.message) == ("organization_exists", True)
+    assert (taken.value.code, made.id in taken.value.message) == ("already_exists", True)
     assert organizations.create(world.db, "science", is_client_retry=True).id == renamed.id == made.id
     assert organizations.rename(world.db, caller=operator, organization="science", name="science").name == "science"
     assert names(world.db, operator) == ["science", "default"]

@@ -82,7 +82,7 @@ def test_priority_above_the_limit_is_rejected_on_every_path(
         submit(world, "urgent")
 
     error = refusal.value
-    assert (error.status, error.code, error.param) == (403, "priority_too_high", "priority")
+    assert (error.status, error.code, error.param) == (403, "exceeds_own_rights", "priority")
     assert error.message == f"Priority 'urgent' is higher than 'normal', the maximum for {owner}."
     assert error.remedy.startswith("Use 'normal' or a lower priority, or ask an operator to raise the maximum: ")
     assert command in error.remedy
@@ -147,7 +147,7 @@ def test_future_trials_of_a_sweep_are_checked_against_the_limit(world: World) ->
 
     found = queries.get(world.db, project_id=world.caller.project_id, sweep_id=made.id).sweep
     assert (found.num_created, found.is_closed) == (1, True)
-    assert (found.error or {})["code"] == "priority_too_high"
+    assert (found.error or {})["code"] == "exceeds_own_rights"
 
 
 def test_queued_jobs_keep_their_class_when_the_limit_is_lowered(world: World) -> None:

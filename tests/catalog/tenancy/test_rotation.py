@@ -43,7 +43,7 @@ def test_superseded_key_cannot_change_other_keys(world: World) -> None:
     with pytest.raises(Forbidden) as revoked:
         revocation.revoke(world.db, caller=leaked, api_key_id=other.api_key_id)
 
-    assert rotated.value.code == revoked.value.code == "key_superseded"
+    assert rotated.value.code == revoked.value.code == "key_not_live"
     assert revocation.revoke(world.db, caller=leaked, api_key_id=leaked.api_key_id).key.revoked_at is not None
 
 

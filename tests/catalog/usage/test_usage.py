@@ -276,7 +276,7 @@ def test_weight_must_be_positive_and_of_an_existing_project(world: World) -> Non
     for weight in (0, -1, float("nan"), float("inf")):
         with pytest.raises(InvalidRequest) as refusal:
             projects.set_weight(world.db, **target, weight=weight)
-        assert (refusal.value.code, refusal.value.param) == ("invalid_weight", "weight")
+        assert (refusal.value.code, refusal.value.param) == ("invalid_value", "weight")
     with pytest.raises(NotFound):
         projects.set_weight(world.db, caller=world.caller, project="theirs", weight=1)
 

@@ -156,7 +156,7 @@ def test_upload_prints_the_address_and_downloads_nothing(service: Script, run: R
 
 
 def test_failed_export_shows_its_error_and_remedy(service: Script, run: Run) -> None:
-    error = {"code": "hub_no_token", "message": "The worker has no token.", "remedy": "Set HF_TOKEN on the worker."}
+    error = {"code": "hub_rejected", "message": "The worker has no token.", "remedy": "Set HF_TOKEN on the worker."}
     serve_export(service, status="failed", error=error)
 
     result = run("adapters", "export", "a", "--format", "gguf")
@@ -167,7 +167,7 @@ def test_failed_export_shows_its_error_and_remedy(service: Script, run: Run) -> 
 
 
 def test_reason_for_waiting_is_shown_once(service: Script, run: Run) -> None:
-    error = {"code": "export_memory", "message": "It needs 9 GB, but worker w1 has 1 GB.", "remedy": "Add memory."}
+    error = {"code": "export_failed", "message": "It needs 9 GB, but worker w1 has 1 GB.", "remedy": "Add memory."}
     serve_export(service, refusals=[error, error])
 
     result = run("adapters", "export", "a", "--format", "gguf")

@@ -420,7 +420,7 @@ def test_environment_without_the_server_or_its_libraries_gets_the_install_comman
     with pytest.raises(LorryError, match=f"needs: {', '.join(missing)}") as refused:
         service.check_installed()
 
-    assert refused.value.code == "server_not_installed"
+    assert refused.value.code == "not_installed"
     assert refused.value.remedy is not None
     assert f'`{sys.executable} -m pip install "lorry-server[worker]=={__version__}"`' in refused.value.remedy
 

@@ -217,7 +217,7 @@ def test_checkpoint_of_a_job_answers(deployment: Deployment, client: openai.Open
         ({"model": "nothing"}, openai.NotFoundError, "model_not_found", "model"),
         ({"model": "ft:nothing"}, openai.NotFoundError, "adapter_not_found", "model"),
         ({"max_tokens": 5000}, openai.BadRequestError, "context_length_exceeded", "messages"),
-        ({"messages": [{"role": "robot", "content": "a"}]}, openai.BadRequestError, "invalid_role", "messages"),
+        ({"messages": [{"role": "robot", "content": "a"}]}, openai.BadRequestError, "invalid_row", "messages"),
         ({"extra_body": {"logit_bias": {"5": 1}}}, openai.BadRequestError, "unknown_parameter", "logit_bias"),
         ({"temperature": 3}, openai.BadRequestError, None, "temperature"),
         ({"top_logprobs": 3}, openai.BadRequestError, "invalid_value", "top_logprobs"),

@@ -259,7 +259,7 @@ def test_the_remedy_of_a_failed_import_fits_the_kind_of_source(
     assert run_next(context, [TaskKind.IMPORT]) is True
 
     error = record.get(context.db, "broken").error or {}
-    assert error["code"] == ("import_limit" if kill_signal else "import_failed")
+    assert error["code"] == "import_failed"
     assert remedy.format(source=source) in error["remedy"]
     assert source in error["remedy"]
 

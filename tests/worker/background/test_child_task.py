@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
+from catalog.error_texts import ErrorText
 from catalog.errors import LorryError, Unavailable
 from catalog.settings import Settings
 from catalog.tasks import task_queue
@@ -60,7 +61,7 @@ def run(context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 
 def no_progress(why: str) -> LorryError:
-    return LorryError(f"It was stopped because {why}.", code="no_progress", remedy="Wait.")
+    return LorryError(ErrorText(code="no_progress", message=f"It was stopped because {why}.", remedy="Wait."))
 
 
 def test_a_child_gets_the_request_and_returns_its_result(run: Run) -> None:
@@ -154,7 +155,7 @@ def test_a_database_outage_does_not_stop_a_child(
         if was_called.is_set():
             sleeper.kill()  # the second call: the child has finished
         was_called.set()
-        raise Unavailable("It does not answer.", code="unavailable", remedy="Wait.")
+        raise Unavailable(ErrorText(code="unavailable", message="It does not answer.", remedy="Wait."))
 
     monkeypatch.setattr(task_queue, "renew", renew)
 

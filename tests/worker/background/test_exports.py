@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from catalog.db.database import read_clock
+from catalog.error_texts import ErrorText
 from catalog.errors import StaleClaim
 from catalog.exports import claims, commands
 from catalog.exports.formats import Needs
@@ -31,7 +32,6 @@ from worker.background.child_task import ChildFailed
 from worker.background.export_resources import ScarceResources
 from worker.background.task_runner import run_next
 from worker.node import devices
-from worker.protocol.errors import FULL_DISK
 from worker.protocol.mailbox import read_json, write_json
 
 MEASURED = {
@@ -155,7 +155,7 @@ def test_crash_of_the_child_is_retried_and_names_its_last_line(
 
     error = shown(site, row).error
     assert error is not None
-    assert error["code"] == "export_crashed"
+    assert error["code"] == "export_failed"
     assert "it broke" in error["message"]
 
 
@@ -174,7 +174,7 @@ def test_full_disk_fails_the_export_after_counted_attempts(
 ) -> None:
     monkeypatch.setattr(task_queue, "FIRST_WAIT_SECONDS", 0)
     if where == "reported":
-        child("pass", reports(FULL_DISK))
+        child("pass", reports(ErrorText.of("worker_disk_full").report()))
     elif where == "nowhere":  # the child can write neither a result nor its log
         monkeypatch.setattr(devices, "is_disk_full", lambda _folder: True)
         child("raise SystemExit(1)")
@@ -214,7 +214,7 @@ def test_full_store_counts_as_an_attempt(
             "out_of_space",
             "needs about 40.0 kB of disk space for scratch files and the artifact store, but worker w1 has only",
         ),
-        ("memory", "export_memory", "needs about 1.1 GB of memory, but worker w1 has only"),
+        ("memory", "export_failed", "needs about 1.1 GB of memory, but worker w1 has only"),
     ],
 )
 def test_export_waits_for_a_worker_with_enough_resources(
@@ -252,7 +252,7 @@ def test_export_waits_for_a_worker_with_the_converter(site: PackSite, row: Adapt
 
     assert not run_next(site.context, [TaskKind.EXPORT])
 
-    assert error_of(site, row)["code"] == "converter_missing"
+    assert error_of(site, row)["code"] == "unsupported_export"
     assert "needs llama.cpp's converter, which worker w1 lacks" in error_of(site, row)["message"]
     assert "Set LORRY_GGUF_CONVERTER" in error_of(site, row)["remedy"]
     site.context.worker_id = "w2"
@@ -397,9 +397,7 @@ def refusal(code: str) -> dict[str, Any]:
     return {"error": {"code": code, "message": "The Hub refused.", "remedy": "Do this."}}
 
 
-@pytest.mark.parametrize(
-    ("code", "status"), [("hub_no_token", "failed"), ("hub_forbidden", "failed"), ("hub_unreachable", "queued")]
-)
+@pytest.mark.parametrize(("code", "status"), [("hub_rejected", "failed"), ("hub_unreachable", "queued")])
 def test_access_to_the_hub_is_checked_before_the_merge(
     site: PackSite, upload: AdapterExport, child: Any, code: str, status: str
 ) -> None:
@@ -488,7 +486,7 @@ def test_worker_refuses_a_repository_that_its_own_settings_do_not_list(
     assert run_next(site.context, [TaskKind.EXPORT])
 
     assert children.started == []
-    assert (shown(site, upload).status, error_of(site, upload)["code"]) == ("failed", "hub_repository_not_allowed")
+    assert (shown(site, upload).status, error_of(site, upload)["code"]) == ("failed", "integration_unavailable")
 
 
 def test_lease_is_renewed_while_the_adapter_is_fetched_and_a_lost_one_ends_it(

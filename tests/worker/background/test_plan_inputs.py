@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from catalog.error_texts import ErrorText
 from catalog.errors import Unavailable
 from catalog.lifecycle.preparation import RETRY_SECONDS
 from catalog.plans import plans
@@ -101,7 +102,7 @@ def test_a_store_outage_delays_the_plan_until_a_retry(
     site: PackSite, made: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> None:
-        raise Unavailable("The store does not answer.", code="store_unavailable", remedy="Wait.")
+        raise Unavailable(ErrorText(code="store_unavailable", message="The store does not answer.", remedy="Wait."))
 
     monkeypatch.setattr(plan_inputs, "prepare_files", fail)
     row = plan(site.world)
@@ -118,7 +119,9 @@ def test_a_plan_whose_files_crash_the_tokenizer_fails_after_retries(
     site: PackSite, made: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def crash(*_: object, **__: object) -> None:
-        raise tokenization.PreparationCrashed("It failed.", code="preparation_failed", remedy="Look.")
+        raise tokenization.PreparationCrashed(
+            ErrorText(code="preparation_failed", message="It failed.", remedy="Look.")
+        )
 
     monkeypatch.setattr(tokenization, "_run", crash)
     row = plan(site.world)
@@ -151,7 +154,7 @@ def test_a_failed_comparison_is_reported_with_both_files_and_the_worker(
         site.world.clock.advance(3600)
 
     error = get_plan(site, row).error or {}
-    assert error["code"] == "comparison_failed"
+    assert error["code"] == "preparation_failed"
     assert error["message"].startswith(
         f"The comparison of files {row.training_file} and {row.validation_file} on worker {site.context.worker_id} "
         "failed with exit status 7: KeyError. "
@@ -182,7 +185,7 @@ def test_damaged_tokens_are_recomputed_when_a_plan_compares_them(
     site: PackSite, made: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def damaged(*_: object) -> None:
-        raise DamagedArtifact("The content has changed.")
+        raise DamagedArtifact("object_changed", digest="0" * 64)
 
     row = plan(site.world, validation_file=site.world.file())
     with monkeypatch.context() as patch:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from catalog.error_texts import ErrorText
 from catalog.lifecycle.preparation import RETRY_SECONDS
 from catalog.states import EndReason
 from catalog.storage import token_cache
@@ -72,7 +73,9 @@ def test_a_rejected_file_leaves_the_keys_of_both_files_on_the_job(
 
 
 def no_base(*_: object, **__: object) -> Path:
-    raise base_models.ImportRefused("This machine lacks it.", code="import_failed", remedy="Look at the source.")
+    raise base_models.ImportRefused(
+        ErrorText(code="import_failed", message="This machine lacks it.", remedy="Look at the source.")
+    )
 
 
 def no_tokens(*_: object, **__: object) -> dict[str, Any]:
@@ -81,9 +84,7 @@ def no_tokens(*_: object, **__: object) -> dict[str, Any]:
 
 def _crash(returncode: int, last_line: str) -> Exception:
     error = ChildFailed(returncode, last_line, is_disk_full=False)
-    return tokenization.crashed(
-        "The tokenization failed", error, worker_id="w1", code="preparation_failed", remedy="Look."
-    )
+    return tokenization.crashed("preparation_failed", error, worker_id="w1", subject="file-1")
 
 
 def no_disk(*_: object, **__: object) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def no_disk(*_: object, **__: object) -> dict[str, Any]:
 
 
 def no_bytes(*_: object) -> list[bytes]:
-    raise DamagedArtifact("The content has changed.")
+    raise DamagedArtifact("object_changed", digest="0" * 64)
 
 
 ENSURE, RUN = base_models.ensure, tokenization._run  # pyright: ignore[reportPrivateUsage]
@@ -165,7 +166,7 @@ def full(*_: object, **__: object) -> Any:
 
 def full_for_a_base(*_: object, **__: object) -> Any:
     error = disk_error(OSError(errno.ENOSPC, "No space left on device"))
-    raise base_models.ImportRefused(error["message"], code=error["code"], remedy=error["remedy"])
+    raise base_models.ImportRefused(ErrorText(code=error["code"], message=error["message"], remedy=error["remedy"]))
 
 
 def full_for_a_child(*_: object, **__: object) -> Any:
@@ -176,7 +177,8 @@ def test_a_crash_is_reported_with_its_remedy() -> None:
     failed, killed = _crash(1, "KeyError: 'a'"), _crash(-9, "no output")
 
     assert isinstance(failed, tokenization.PreparationCrashed)
-    assert failed.sentence() == "The tokenization failed: KeyError: 'a'. Look."
+    assert failed.code == "preparation_failed"
+    assert "KeyError: 'a'" in failed.message
     assert isinstance(killed, tokenization.PreparationCrashed)
     assert killed.remedy.startswith("Free up memory on that worker's machine")
 

@@ -116,7 +116,7 @@ def test_file_of_another_model_fails_the_export(
     [
         ("exit", "unsupported_model", "llama.cpp's converter can't write this model: ValueError: the weights are from"),
         ("nothing", "unsupported_model", "llama.cpp's converter can't write this model: it wrote no file."),
-        ("memory", "export_limit", "needs more memory than the limit"),
+        ("memory", "export_failed", "needs more memory than the limit"),
     ],
 )
 def test_failure_of_the_converter_is_reported(

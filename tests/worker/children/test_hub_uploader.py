@@ -79,7 +79,7 @@ def test_check_finds_a_token_that_may_not_write(hub: UploadHub, tmp_path: Path) 
     hub.repositories["org/support"] = {}
     hub.is_read_only = True
 
-    assert checked(tmp_path, hub.url)["error"]["code"] == "hub_forbidden"
+    assert checked(tmp_path, hub.url)["error"]["code"] == "hub_rejected"
 
 
 def test_existing_repository_is_kept(hub: UploadHub, tmp_path: Path) -> None:
@@ -93,8 +93,8 @@ def test_existing_repository_is_kept(hub: UploadHub, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("status", "code", "remedy"),
     [
-        (401, "hub_no_token", "Set HF_TOKEN on the worker"),
-        (403, "hub_forbidden", "Set HF_TOKEN on the worker"),
+        (401, "hub_rejected", "Set HF_TOKEN on the worker"),
+        (403, "hub_rejected", "Set HF_TOKEN on the worker"),
         (400, "hub_rejected", "Check the repository's name"),
         (500, "hub_unreachable", "HF_ENDPOINT"),
     ],
@@ -110,7 +110,7 @@ def test_refusal_of_the_hub_has_a_remedy(hub: UploadHub, tmp_path: Path, status:
 
 
 @pytest.mark.parametrize(
-    ("environment", "code"), [({"HF_TOKEN": ""}, "hub_no_token"), ({"HF_HUB_OFFLINE": "1"}, "hub_offline")]
+    ("environment", "code"), [({"HF_TOKEN": ""}, "hub_rejected"), ({"HF_HUB_OFFLINE": "1"}, "hub_rejected")]
 )
 def test_worker_without_access_to_the_hub_says_so(
     hub: UploadHub, tmp_path: Path, environment: dict[str, str], code: str

@@ -250,7 +250,7 @@ def test_a_member_that_is_lost_before_it_joins_releases_the_job(gang: GangSite) 
 
     (attempt,) = queries.attempts(gang.site.db, **gang.site.world.of(job_id))
     assert attempt.reason == EndReason.GANG_INCOMPLETE
-    assert str(attempt.detail).endswith(f"stopped sending heartbeats. {gangs.RETRIED}")
+    assert "stopped sending heartbeats." in str(attempt.detail)
 
 
 def meets(gang: GangSite, trainer: FakeTrainer, context: WorkerContext) -> Generator[None, None, Round]:
@@ -283,10 +283,13 @@ def test_an_incomplete_gang_does_not_train_a_job_claimed_before(gang: GangSite) 
     context = gang.seated("w1")
     membership_of(context).poll()
 
-    with ExitStack() as stack, pytest.raises(NotGathered, match="needs 2 workers, but only 1 is available") as refused:
+    with (
+        ExitStack() as stack,
+        pytest.raises(NotGathered, match="needs 2 workers, but the number of available workers is 1") as refused,
+    ):
         gang_of(context).gather(stack, job, {})
 
-    assert refused.value.remedy == gangs.TOO_FEW
+    assert "Start or uncordon more workers" in refused.value.remedy
     assert gangs.standing(gang.place("w1")).call is None
 
 
@@ -296,7 +299,10 @@ def test_a_cordoned_leader_is_not_counted_as_available(gang: GangSite) -> None:
     cordons.cordon(gang.site.db, "w1")
     membership_of(context).poll()
 
-    with ExitStack() as stack, pytest.raises(NotGathered, match="needs 2 workers, but none is available"):
+    with (
+        ExitStack() as stack,
+        pytest.raises(NotGathered, match="needs 2 workers, but the number of available workers is 0"),
+    ):
         gang_of(context).gather(stack, job, {})
 
 

@@ -21,7 +21,7 @@ def test_on_every_beat_is_called_during_a_database_outage(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def beat(*_: Any, **__: Any) -> WorkerOrders:
-        raise Unavailable("The database does not answer.", code="database_unavailable", remedy="Wait.")
+        raise Unavailable("database_unavailable")
 
     monkeypatch.setattr(workers, "worker_beat", beat)
     heartbeat, every_beat, guarded = (
@@ -115,7 +115,7 @@ def test_file_for_health_checks_is_touched_only_by_recorded_heartbeats(
 ) -> None:
     def beat(*_: Any, **__: Any) -> WorkerOrders:
         if not is_recorded:
-            raise Unavailable("The database does not answer.", code="database_unavailable", remedy="Wait.")
+            raise Unavailable("database_unavailable")
         return WorkerOrders(drain=False)
 
     monkeypatch.setattr(workers, "worker_beat", beat)

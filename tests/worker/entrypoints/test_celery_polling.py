@@ -15,7 +15,7 @@ NEVER = 3600.0
 SOON = 0.01
 
 
-AWAY = Unavailable("The database is away.", code="database_unavailable", remedy="")
+AWAY = Unavailable("database_unavailable")
 
 
 class Work:

@@ -7,6 +7,7 @@ from collections.abc import Generator
 import pytest
 
 from catalog.db.database import Database
+from catalog.error_texts import ErrorText
 from catalog.errors import Unavailable
 from catalog.fleet import gangs
 from catalog.history import job_logs as history_job_logs
@@ -194,7 +195,7 @@ def test_the_leader_learns_of_the_end_before_logs_are_stored(
 
     def away(_: bytes) -> Blob:
         known.append("w2" in gangs.progress(member.leader, member.round_id).ended)
-        raise Unavailable("The store does not answer.", code="store_unavailable", remedy="")
+        raise Unavailable(ErrorText(code="store_unavailable", message="The store does not answer.", remedy=""))
 
     monkeypatch.setattr(member.site.store, "put_bytes", away)
 

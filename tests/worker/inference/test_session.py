@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from catalog.error_texts import ErrorText
 from catalog.errors import OutOfSpace
 from tests.catalog.world import sha
 from tests.worker.inference_requests import Asked, TrainerEnd, is_fault_noticed
@@ -209,7 +210,7 @@ def test_adapters_that_are_not_used_any_more_are_deleted(
     [
         (None, "artifact_damaged"),
         (OUTAGE, "store_unavailable"),
-        (OutOfSpace("Full.", code="out_of_space", remedy="Free some."), "out_of_space"),
+        (OutOfSpace(ErrorText(code="out_of_space", message="Full.", remedy="Free some.")), "out_of_space"),
         (OSError("broken"), "disk_error"),
     ],
 )

@@ -56,7 +56,7 @@ def test_missing_packages_are_named_with_the_command_that_installs_them(
 ) -> None:
     monkeypatch.setattr(gguf_converter, "find_spec", lambda _module: None)
 
-    with pytest.raises(UnfitWorker, match="this Python lacks sentencepiece and protobuf") as caught:
+    with pytest.raises(UnfitWorker, match="this Python lacks sentencepiece protobuf") as caught:
         check(install(tmp_path / "llama.cpp"), scratch=scratch)
 
     assert "`pip install sentencepiece protobuf`" in caught.value.remedy

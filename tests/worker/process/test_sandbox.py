@@ -400,7 +400,7 @@ def test_an_unbounded_chat_template_results_in_a_user_error(
 
     assert status == 0, (work / "log.txt").read_text()
     refusal = json.loads((work / "result").read_text())["refusal"]
-    assert refusal["code"] == "preparation_limit"
+    assert refusal["code"] == "preparation_failed"
     assert f"Tokenizing the file takes more {resource_name}" in refusal["message"]
 
 

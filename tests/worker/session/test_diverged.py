@@ -46,7 +46,7 @@ def test_a_diverged_job_names_its_good_checkpoint_and_its_packmate_continues(
     assert job.error == {
         "code": "diverged",
         "message": "The loss of train slice 1 is not finite. "
-        f"Lower the learning rate, or check the data around that step. {left}",
+        f"Lower the learning rate, or check the data around the step that the message names. {left}",
         "param": "optimizer.learning_rate",
     }
     kept = {row.step: row.artifact for row in site.checkpoints(bad) if row.artifact is not None}

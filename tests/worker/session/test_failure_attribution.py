@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from catalog.error_texts import ErrorText
 from catalog.errors import LorryError, OutOfSpace
 from catalog.fleet import cordons
 from catalog.states import EndReason
@@ -20,7 +21,7 @@ from worker.session.failures import launch_failure
 from worker.session.session_job import End
 
 REFUSAL = {"code": "invalid_config", "message": "CUDA is not available.", "remedy": "Choose another."}
-FULL = OutOfSpace("The disk is full.", code="out_of_space", remedy="Free some space.")
+FULL = OutOfSpace(ErrorText(code="out_of_space", message="The disk is full.", remedy="Free some space."))
 Run = Callable[[Script], None]
 
 
@@ -136,7 +137,9 @@ def test_a_base_that_cannot_be_imported_is_handled_like_an_unloadable_one(
     site: PackSite, run: Run, monkeypatch: pytest.MonkeyPatch, num_workers: int
 ) -> None:
     waiting = [site.queued() for _ in range(num_workers)]
-    unreachable = base_models.ImportRefused("The hub is far.", code="source_unreachable", remedy="Look at the network.")
+    unreachable = base_models.ImportRefused(
+        ErrorText(code="source_unreachable", message="The hub is far.", remedy="Look at the network.")
+    )
     monkeypatch.setattr(base_models, "ensure", raising(unreachable))
     for number in range(1, num_workers):
         site.world.worker(f"w{number + 1}")
@@ -159,7 +162,10 @@ def test_a_base_that_cannot_be_imported_is_handled_like_an_unloadable_one(
         (OUTAGE, EndReason.INFRA_LOST),
         (FULL, EndReason.NODE_FAILED),
         (OSError("No such disk"), EndReason.NODE_FAILED),
-        (base_models.ImportRefused("Other files.", code="base_changed", remedy="Restore."), EndReason.TRAINER_CRASHED),
+        (
+            base_models.ImportRefused(ErrorText(code="model_changed", message="Other files.", remedy="Restore.")),
+            EndReason.TRAINER_CRASHED,
+        ),
     ],
 )
 def test_launch_failures_map_to_end_reasons(error: LorryError | OSError, reason: EndReason) -> None:

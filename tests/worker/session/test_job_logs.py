@@ -13,6 +13,7 @@ from typing import BinaryIO
 import pytest
 
 from catalog.db import lease
+from catalog.error_texts import ErrorText
 from catalog.errors import Unavailable
 from catalog.history import job_logs as history_job_logs
 from catalog.history.job_logs import MAX_BYTES, Line
@@ -266,7 +267,7 @@ def test_a_store_outage_does_not_keep_an_attempt_from_ending(site: PackSite, mon
     printed(session.directory, "one\n")
 
     def away(_: bytes) -> None:
-        raise Unavailable("The store does not answer.", code="store_unavailable", remedy="")
+        raise Unavailable(ErrorText(code="store_unavailable", message="The store does not answer.", remedy=""))
 
     monkeypatch.setattr(site.store, "put_bytes", away)
     session.end_all(CRASH)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
+from catalog.error_texts import ErrorText
 from catalog.errors import OutOfSpace, StaleClaim
 from catalog.lifecycle import recording
 from catalog.registry import adapters
@@ -115,7 +116,7 @@ def test_curves_and_a_model_card_are_stored_with_the_adapter(site: PackSite) -> 
     ("error", "reason"),
     [
         (
-            OutOfSpace("The disk is full.", code="disk_full", remedy="Free some space."),
+            OutOfSpace(ErrorText(code="out_of_space", message="The disk is full.", remedy="Free some space.")),
             "The disk is full. Free some space.",
         ),
         (FileNotFoundError("/srv/lorry/store"), "FileNotFoundError; see the worker's log."),

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from catalog.error_texts import ErrorText
 from catalog.errors import OutOfSpace, StaleClaim, Unavailable
 from catalog.history import queries
 from catalog.jobs import commands
@@ -39,7 +40,9 @@ from worker.protocol import mailbox
 from worker.session.session_job import End
 from worker.session.trainer_session import TrainerSession
 
-FULL = OutOfSpace("The disk that holds the database is full.", code="disk_full", remedy="Free some space.")
+FULL = OutOfSpace(
+    ErrorText(code="out_of_space", message="The disk that holds the database is full.", remedy="Free some space.")
+)
 
 
 def fails(first: int, error: Exception, act: Callable[..., Any]) -> Callable[..., Any]:

@@ -23,8 +23,9 @@ import jinja2.utils
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from catalog.datasets.chat import Chat, only_last_trained
-from catalog.datasets.chat_templates import ADD_WITH_FILE, TOOL_MODELS, no_template, no_tools
+from catalog.datasets.chat_templates import TOOL_MODELS
 from catalog.datasets.messages import ChatMessage
+from catalog.errors import LorryError
 
 TEMPLATE_DATE = datetime(2024, 7, 26)
 """The date that common templates use if there is no clock."""
@@ -39,14 +40,8 @@ ID_OF_MISTRAL = re.compile(r"[A-Za-z0-9]{9}")
 """The only ids of calls that templates of Mistral accept."""
 
 
-class Refused(Exception):
+class Refused(LorryError):
     """The file can't be prepared for this base model because of the template, the tokenizer or a row."""
-
-    def __init__(self, code: str, message: str, remedy: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-        self.remedy = remedy
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +85,7 @@ class ChatTemplate:
         """Load the default template. Raises Refused."""
         source = _sources(base_dir).get("default")
         if not source:
-            raise Refused(*no_template())
+            raise Refused("base_has_no_chat_template")
         return cls(source, special_tokens(base_dir))
 
     @classmethod
@@ -111,11 +106,7 @@ class ChatTemplate:
                 **self._special_tokens,
             )
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError) as error:
-            raise Refused(
-                "template_refused_row",
-                f"The base model's chat template rejects this conversation: {_short(error)}",
-                "Write the turns as the base model expects them, or train another base model.",
-            ) from error
+            raise Refused("template_refused_row", short=_short(error)) from error
 
     def render_prompt(self, chat: Chat) -> str:
         """Return the text up to the start of the next answer. Raises Refused, also for tools that are not rendered."""
@@ -155,7 +146,7 @@ class ChatTemplate:
         except Refused:
             is_shown = True  # it requires them
         if not is_shown:
-            raise Refused(*no_tools(what))
+            raise Refused("template_without_tools", element=what)
         self._shown.add(what)
 
     def _by_marks(self, chat: Chat) -> Rendered:
@@ -194,34 +185,15 @@ class ChatTemplate:
         """
         number, is_last = index + 1, index == len(chat.messages) - 1
         without_system = [turn for turn in chat.messages if turn["role"] not in ("system", "developer")]
-        with_marks = (
-            "dd the model under another name with a template that marks its answers with {% generation %}: "
-            f"{ADD_WITH_FILE}."
-        )
         if len(without_system) < len(chat.messages) and self._is_prefix_stable(replace(chat, messages=without_system)):
-            sentence = "renders the system message only in the last message of a conversation"
-            remedy = (
-                "Write the system message's text at the start of the user's first message, in rows and in calls. "
-                f"Or use a base model whose template keeps it, such as {TOOL_MODELS}."
-            )
-        elif is_last:
-            sentence = "renders the text before an answer differently once the answer follows it"
-            remedy = f"A{with_marks}"
-        else:
-            sentence = f"renders message {number} differently once other messages follow it"
-            if "<think>" in answer:
-                sentence = f"renders message {number} without its <think> block once other messages follow it"
-            elif chat.tools and self._is_prefix_stable(replace(chat, tools=None)):
-                sentence = "renders the tools only before the user's last message"
-            remedy = (
-                "Use one row for each assistant message: the row ends with it, and has weight 0 on earlier ones. "
-                f"Or set data.loss to 'last_turn', which trains only on the last one. Or a{with_marks}"
-            )
-        return Refused(
-            "template_not_prefix_stable",
-            f"The base model's chat template {sentence}, so the tokens of the answer can't be identified.",
-            remedy,
-        )
+            return Refused("template_moves_system_message", models=TOOL_MODELS)
+        if is_last:
+            return Refused("template_changes_prompt")
+        if "<think>" in answer:
+            return Refused("template_drops_thoughts", number=number)
+        if chat.tools and self._is_prefix_stable(replace(chat, tools=None)):
+            return Refused("template_moves_tools")
+        return Refused("template_changes_answer", number=number)
 
     def _is_prefix_stable(self, chat: Chat) -> bool:
         try:
@@ -269,12 +241,7 @@ def _weighted(spans: list[tuple[int, int]], messages: Sequence[ChatMessage]) -> 
     if all(weights):
         return tuple(spans)
     if len(spans) != len(weights):
-        raise Refused(
-            "template_hides_turns",
-            f"The base model's chat template marks {len(spans)} answers in a conversation of {len(weights)}, so the "
-            "answers with weight 0 can't be identified.",
-            "Remove the weights, or split the conversation into several rows.",
-        )
+        raise Refused("template_hides_turns", num_spans=len(spans), num_weights=len(weights))
     return tuple(span for span, weight in zip(spans, weights, strict=True) if weight)
 
 
@@ -341,8 +308,7 @@ def read_optional_json(path: Path) -> dict[str, Any]:
 
 
 def _unusable(reason: str) -> Refused:
-    remedy = f"Add the model under another name with a corrected template: {ADD_WITH_FILE}."
-    return Refused("unusable_chat_template", f"The base model's chat template {reason}.", remedy)
+    return Refused("unusable_chat_template", reason=reason)
 
 
 def _short(error: Exception) -> str:

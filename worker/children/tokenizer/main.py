@@ -142,11 +142,7 @@ def prepare(
 def _beyond_limit(what: str) -> Refused:
     """Return the error for an exceeded limit. The limits of the worker are many times the needs of a usual file of this
     size: see sandbox.tokenization."""
-    return Refused(
-        "preparation_limit",
-        f"Tokenizing the file takes more {what} than the worker allows for its size.",
-        "Check the base model's chat template, which may repeat text or loop endlessly, or split the file.",
-    )
+    return Refused("preparation_limit", resource=what)
 
 
 def _out_of_time(_number: int, _frame: FrameType | None) -> None:
@@ -202,7 +198,7 @@ def _rendered(source: Path, base: BaseText, counts: Counts, data: DataOptions) -
             for number, line in read_rows(lines, max_line_bytes=MAX_LINE_BYTES):
                 yield from (replace(row, line=number) for row in _render(base, counts, data, number, line))
         except InvalidRequest as error:
-            raise Refused(error.code, error.message, error.remedy) from error
+            raise Refused(error.text) from error
 
 
 def _render(base: BaseText, counts: Counts, data: DataOptions, number: int, line: bytes) -> tuple[Rendered, ...]:
@@ -215,11 +211,11 @@ def _render(base: BaseText, counts: Counts, data: DataOptions, number: int, line
             return (render_labeled(base, check_unpaired(row)),)
         return (base.render(kind.name, kind.check(row), loss=data.loss),)
     except BadRow as problem:
-        raise Refused(problem.code, f"Line {number}: {problem.reason}.", problem.remedy) from problem
+        raise Refused(replace(problem.text, message=f"Line {number}: {problem.text.message}")) from problem
     except Refused as error:
         if error.code == "base_has_no_chat_template":
             raise  # the row is not at fault
-        raise Refused(error.code, f"Line {number}: {error.message}", error.remedy) from error
+        raise Refused(replace(error.text, message=f"Line {number}: {error.message}")) from error
 
 
 def _batches(rows: Iterator[Rendered]) -> Iterator[list[Rendered]]:
@@ -240,26 +236,13 @@ def _no_trainable_tokens(counts: Counts, max_length: int, data: DataOptions) -> 
     num_rows, longest = len(counts.lengths), max(counts.lengths, default=0)
     if data.overflow == "drop" and counts.too_long:
         return Refused(
-            "nothing_to_learn",
-            f"No rows are left to train on: of {num_rows} rows, {counts.too_long} have more than {max_length} tokens "
-            "and are dropped, and the others have no trainable tokens.",
-            f"Raise max_length (the longest row has {longest} tokens), set overflow to 'truncate', or shorten rows.",
+            "no_rows_left", num_rows=num_rows, too_long=counts.too_long, max_length=max_length, longest=longest
         )
     if counts.kind is not None and counts.kind.name == "text":
-        return Refused(
-            "nothing_to_learn",
-            f"None of the {num_rows} texts has trainable tokens: the first token of a text is never trained on.",
-            f"Use longer texts: the longest has {longest} tokens.",
-        )
+        return Refused("no_trainable_tokens_in_texts", num_rows=num_rows, longest=longest)
     if counts.kind is PREFERENCE:
         return nothing_to_compare(num_rows, longest, max_length)
-    return Refused(
-        "nothing_to_learn",
-        f"None of the {num_rows} rows has trainable tokens in its first {max_length} tokens: every answer has "
-        "weight 0 or begins later.",
-        f"Give answers a weight other than 0, shorten the text before them, or raise max_length (the longest row "
-        f"has {longest} tokens).",
-    )
+    return Refused("no_trainable_tokens_in_rows", num_rows=num_rows, max_length=max_length, longest=longest)
 
 
 def _report(

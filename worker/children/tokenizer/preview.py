@@ -9,7 +9,6 @@ from typing import TypedDict, get_args
 import numpy as np
 
 from catalog.datasets.chat import Chat
-from catalog.datasets.chat_templates import ADD_WITH_FILE
 from catalog.datasets.rows import LabeledAnswer, PreferencePair, conversation_of
 from worker.children.tokenizer.chat_template import Refused, Rendered
 from worker.children.tokenizer.text_encoder import BaseText
@@ -31,13 +30,7 @@ def refuse_one_label(num_rows: int, num_desirable: int) -> None:
     supervised method is better, or all of them less likely."""
     if 0 < num_desirable < num_rows:
         return
-    label = "true" if num_desirable else "false"
-    instead = "or train on these with the method supervised, without labels" if num_desirable else "or remove the file"
-    raise Refused(
-        "single_label_dataset",
-        f"All {num_rows} answers that are trained on have the label {label}, but both labels are required.",
-        f"Add answers with the other label, {instead}.",
-    )
+    raise Refused("only_desirable_answers" if num_desirable else "only_undesirable_answers", num_rows=num_rows)
 
 
 def render_pair(base: BaseText, pair: PreferencePair) -> tuple[Rendered, Rendered]:
@@ -49,12 +42,7 @@ def render_pair(base: BaseText, pair: PreferencePair) -> tuple[Rendered, Rendere
         for answer in (pair["preferred"], pair["rejected"])
     )
     if _prompt(chosen) != _prompt(rejected):
-        raise Refused(
-            "template_changes_prompt",
-            "The base model's chat template renders the prompt differently for each of the two answers.",
-            "Remove the row. Or add the model under another name with a template that renders prompts regardless of "
-            f"answers: {ADD_WITH_FILE}.",
-        )
+        raise Refused("template_changes_prompt_by_answer")
     return chosen, rejected
 
 
@@ -65,12 +53,7 @@ def are_equal(rows: Sequence[Tokens]) -> bool:
 
 def nothing_to_compare(num_pairs: int, longest: int, max_length: int) -> Refused:
     """Return the error for a file without usable pairs. longest: tokens of the longest prompt with an answer."""
-    return Refused(
-        "nothing_to_learn",
-        f"None of the {num_pairs} pairs has two answers that differ within the first {max_length} tokens, including "
-        "the prompt.",
-        f"Shorten the prompts, or raise max_length (the longest prompt with its answer has {longest} tokens).",
-    )
+    return Refused("nothing_to_compare", num_pairs=num_pairs, max_length=max_length, longest=longest)
 
 
 def _prompt(rendered: Rendered) -> str:

@@ -185,11 +185,7 @@ class BaseText:
 
     def _check(self, ids: NDArray[np.int64]) -> None:
         if self._num_ids is not None and len(ids) and int(ids.max()) >= self._num_ids:
-            raise Refused(
-                "tokenizer_exceeds_base",
-                f"The tokenizer returned the token ID {int(ids.max())}, but the base model has {self._num_ids} tokens.",
-                "Add the base model again with the tokenizer that it was trained with.",
-            )
+            raise Refused("tokenizer_exceeds_base", token_id=int(ids.max()), num_ids=self._num_ids)
 
 
 def _end_of_text(tokenizer: Tokenizer, tokens: Mapping[str, str], config: Mapping[str, Any]) -> tuple[int, str] | None:

@@ -15,7 +15,7 @@ from typing import Literal, cast
 from catalog.datasets.chat import Chat
 from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.engine.engine import Engine
-from lora_core.errors import BrokenPass, ConfigError, LoraCoreError, OutOfMemory
+from lora_core.errors import BrokenPass, LoraCoreError, OutOfMemory
 from lora_core.forward.continuous_batch import ContinuousBatch, NewToken, Prompt
 from lora_core.forward.sampling import ChosenToken, Sampling
 from lora_core.runtime.device_errors import is_device_fault
@@ -122,7 +122,7 @@ class InferenceRequests:
             if is_device_fault(error):
                 raise
             print_handled(error)
-            self._fail(body["request_id"], _unexpected(body["model"]))
+            self._fail(body["request_id"], Refused("inference_crashed", model=body["model"]))
 
     def remove(self, request_id: str) -> None:
         """Stop answering a request. Nothing more is reported for it."""
@@ -226,7 +226,7 @@ class InferenceRequests:
         except LoraCoreError as error:
             if error.code != OutOfMemory.code:
                 raise
-            raise _too_large("adapter", remedy="Retry when the worker trains fewer jobs.") from error
+            raise Refused("adapter_out_of_memory") from error
 
     def _load(self, folder: Path) -> FlatAdapter:
         """Load an adapter, on all ranks of a sharded base model or on none."""
@@ -234,26 +234,25 @@ class InferenceRequests:
             return self._engine.load_adapter(folder)
 
     def _max_tokens(self, ids: Sequence[int], wanted: int | None, batch: ContinuousBatch) -> int:
-        """Return the maximum number of tokens of an answer. Raises ConfigError if the prompt leaves no space."""
+        """Return the maximum number of tokens of an answer. Raises Refused if the prompt leaves no space."""
         limits = (self._engine.base.max_positions, batch.max_sequence_tokens)
         longest = min((limit for limit in limits if limit is not None), default=None)
-        reason = ", because it is sharded among several devices" if longest != limits[0] else ""
         if longest is None:
             return wanted or UNLIMITED_TOKENS
+        is_sharded = longest != limits[0]
         prompt_tokens = len(ids)
         if wanted is not None and prompt_tokens + wanted > longest:
-            raise ConfigError(
-                f"The prompt has {prompt_tokens} tokens and max_tokens is {wanted}, but the base model supports at "
-                f"most {longest} tokens for prompt and answer together{reason}.",
-                remedy="Shorten the prompt, or lower max_tokens.",
-                code="context_length_exceeded",
+            raise Refused(
+                "answer_too_long_when_sharded" if is_sharded else "answer_too_long",
+                num_tokens=prompt_tokens,
+                max_tokens=wanted,
+                longest=longest,
             )
         if prompt_tokens >= longest:
-            raise ConfigError(
-                f"The prompt has {prompt_tokens} tokens, but the base model supports at most {longest} tokens for "
-                f"prompt and answer together{reason}.",
-                remedy="Shorten the prompt.",
-                code="context_length_exceeded",
+            raise Refused(
+                "prompt_too_long_when_sharded" if is_sharded else "prompt_too_long",
+                num_tokens=prompt_tokens,
+                longest=longest,
             )
         return wanted or longest - prompt_tokens
 
@@ -284,7 +283,7 @@ class InferenceRequests:
         request = self._requests[request_id]
         choice = request.choices[index]
         if new.chosen is None:
-            self._fail(request_id, _not_finite(request.body["model"]))
+            self._fail(request_id, Refused("logits_not_finite", model=request.body["model"]))
             return []
         choice.num_tokens += 1
         is_end = new.finish == "stop"
@@ -331,7 +330,7 @@ class InferenceRequests:
     def _fail(self, request_id: str, error: LoraCoreError | Refused | OSError) -> None:
         self.remove(request_id)
         if isinstance(error, OutOfMemory):  # its message is about a job
-            error = _too_large("prompt with its answer", remedy="Shorten the prompt, or lower max_tokens or n.")
+            error = Refused("answer_out_of_memory")
         self._send({"type": "unanswered", "request_id": request_id, "error": error_report(error)})
 
 
@@ -406,19 +405,14 @@ def _digest(body: AnswerBody) -> str:
 
 
 def _check_length(text: BaseText, body: AnswerBody, *, max_positions: int | None) -> None:
-    """Raise ConfigError if a prompt can't fit. Its characters are counted, because to tokenize a very long prompt would
+    """Raise Refused if a prompt can't fit. Its characters are counted, because to tokenize a very long prompt would
     delay training for seconds."""
     num_chars = max(map(_num_chars, _prompts(body)), default=0)
     if max_positions is None or num_chars <= max_positions * TOKEN_CHARS:
         return
     most = max_positions * max(TOKEN_CHARS, text.longest_token)
     if num_chars > most:
-        raise ConfigError(
-            f"The prompt has {num_chars} characters, but the base model supports at most {max_positions} tokens for "
-            f"prompt and answer together, which are at most {most} characters.",
-            remedy="Shorten the prompt.",
-            code="context_length_exceeded",
-        )
+        raise Refused("prompt_text_too_long", num_chars=num_chars, longest=max_positions, most=most)
 
 
 def prompt_chars(body: AnswerBody) -> int:
@@ -464,25 +458,3 @@ def _sampling(body: AnswerBody, index: int) -> Sampling:
 
 def _name(request_id: str, index: int) -> str:
     return f"{request_id}/{index}"
-
-
-def _unexpected(model: str) -> ConfigError:
-    return ConfigError(
-        f"The request to {model!r} failed because of an internal error of the trainer.",
-        remedy="Ask the operator to report the error in the log of the worker.",
-        code="inference_failed",
-    )
-
-
-def _too_large(part: str, *, remedy: str) -> ConfigError:
-    return ConfigError(
-        f"The {part} does not fit in the free memory of the worker.", remedy=remedy, code="out_of_memory"
-    )
-
-
-def _not_finite(model: str) -> ConfigError:
-    return ConfigError(
-        f"Model {model!r} computed a logit that is infinite or NaN for this prompt.",
-        remedy="Use another adapter or checkpoint: the weights of this one are unusable.",
-        code="logits_not_finite",
-    )

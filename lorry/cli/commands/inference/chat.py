@@ -150,11 +150,8 @@ def _unknown(typed: str, names: list[str]) -> LorryError:
     bases = [name for name in names if not name.startswith("ft:")]
     suffixes = [part for name in names if name.startswith("ft:") for part in name.split(":")[3:4] if part]
     similar = get_close_matches(typed, dict.fromkeys((*bases, *suffixes)), n=_MAX_NAMES)
-    known = f"Did you mean {' or '.join(similar)}? " if similar else ""
-    if not similar and bases:
-        known = f"Base models are, for example: {', '.join(bases[:_MAX_NAMES])}. "
-    return LorryError(
-        f"No base model, adapter or checkpoint is named {typed!r}, and no adapter's name contains it.",
-        code="model_not_found",
-        remedy=f"{known}List the base models with `lorry models list`, and the adapters with `lorry adapters list`.",
-    )
+    if similar:
+        return LorryError("model_not_found_but_similar", typed=typed, similar=" or ".join(similar))
+    if bases:
+        return LorryError("model_not_found", typed=typed, bases=", ".join(bases[:_MAX_NAMES]))
+    return LorryError("no_models", typed=typed)

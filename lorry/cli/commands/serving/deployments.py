@@ -97,10 +97,6 @@ def _only_endpoint(lorry: Lorry, name: str) -> str:
     found = [one.endpoint for one in lorry.adapters.deployments(name) if one.state != "removing"]
     if len(found) == 1:
         return found[0]
-    raise LorryError(
-        f"{name} is deployed on {', '.join(found)}." if found else f"{name} is not deployed.",
-        code="ambiguous_endpoint" if found else "deployment_not_found",
-        remedy="Choose one with --from ENDPOINT."
-        if found
-        else "Deploy it with: lorry adapters deploy ADAPTER --to ENDPOINT",
-    )
+    if found:
+        raise LorryError("ambiguous_endpoint", name=name, found=", ".join(found))
+    raise LorryError("adapter_not_deployed", name=name)

@@ -284,7 +284,7 @@ def test_backup_that_lost_its_lease_neither_finishes_nor_deletes(
     with pytest.raises(Conflict) as refused:
         service.backup(keep=1)
 
-    assert refused.value.code == "backup_lease_lost"
+    assert refused.value.code == "backup_running"
     assert "Another backup (process 1 on host h) took over" in refused.value.message
     assert "incomplete" in refused.value.message
     assert refused.value.remedy.endswith("then create a new backup.")
@@ -395,11 +395,11 @@ def test_backup_of_a_newer_or_unreleased_revision_or_of_another_format_is_reject
     path.write_text(json.dumps({**json.loads(text), "revision": LATER}))
     with pytest.raises(InvalidRequest, match=f"newer version.* {LATER}.*only up to {revisions.newest()}") as refused:
         restore(elsewhere, service.place)
-    assert refused.value.code == "backup_of_a_newer_version"
+    assert refused.value.code == "backup_incompatible"
     path.write_text(json.dumps({**json.loads(text), "revision": UNRELEASED}))
     with pytest.raises(InvalidRequest, match="pre-release build") as refused:
         restore(elsewhere, service.place)
-    assert refused.value.code == "backup_not_upgradable"
+    assert refused.value.code == "backup_incompatible"
     path.write_text(text.replace('"format": 3', '"format": 4'))
     with pytest.raises(InvalidRequest, match=f"Backup {path.parent.name} has format 4.* only format 3"):
         restore(elsewhere, service.place)

@@ -199,7 +199,7 @@ def test_restore_with_another_pepper_is_refused_before_anything_is_copied(
     with pytest.raises(Conflict) as refused:
         restore(wrong, service.place)
 
-    assert refused.value.code == "backup_of_another_pepper"
+    assert refused.value.code == "backup_incompatible"
     assert blobs(open_store(wrong).objects) == {}
     assert restore(many_machines, service.place).checked.problems == []
 
@@ -231,6 +231,6 @@ def test_value_that_postgresql_rejects_is_named_and_the_database_stays_empty(
     with pytest.raises(Conflict, match=r"a row of table projects .* too long.*column name") as refused:
         restore(many_machines, service.place)
 
-    assert refused.value.code == "row_not_storable"
+    assert refused.value.code == "database_damaged"
     assert refused.value.message.endswith(". The database was not changed.")
     database_dump.check_empty(many_machines.resolved_database_url())

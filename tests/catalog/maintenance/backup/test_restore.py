@@ -184,7 +184,7 @@ def test_restored_chain_must_end_as_the_backup_recorded(service: Service, elsewh
     with pytest.raises(Conflict, match="of the audit chain differs") as refused:
         restore(elsewhere, service.place)
 
-    assert refused.value.code == "restored_database_differs"
+    assert refused.value.code == "database_damaged"
 
 
 def with_the_old_store(service: Service, elsewhere: Settings) -> Settings:
@@ -270,7 +270,7 @@ def test_restore_reports_differences_from_the_recorded_backup(service: Service, 
     with pytest.raises(Conflict) as refused:
         restore(elsewhere, service.place)
 
-    assert refused.value.code == "restored_database_differs"
+    assert refused.value.code == "database_damaged"
     name = make_url(elsewhere.resolved_database_url()).database
     assert refused.value.message.startswith(f"The restored database {name} does not match backup ")
     assert f" {name}" in refused.value.remedy

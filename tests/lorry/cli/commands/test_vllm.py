@@ -98,7 +98,7 @@ def test_server_sees_only_the_first_device(
 def test_invalid_value_is_rejected(wanted: str) -> None:
     with pytest.raises(LorryError, match="must be 'vllm' or 'vllm:BASE'") as refused:
         vllm.choose(wanted)
-    assert refused.value.code == "bad_serve"
+    assert refused.value.code == "invalid_settings"
 
 
 def test_missing_program_names_the_installation(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_missing_program_names_the_installation(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(LorryError) as refused:
         vllm.choose("vllm")
 
-    assert refused.value.code == "vllm_not_installed"
+    assert refused.value.code == "not_installed"
     assert "pip install vllm" in refused.value.remedy
 
 
@@ -148,12 +148,12 @@ def test_later_start_serves_the_base_model_of_the_endpoint(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("models", "wanted", "code"),
     [
-        ([], None, "no_base_model"),
-        ([base("a", state="importing")], None, "no_base_model"),
-        ([base("a"), base("b")], None, "ambiguous_base_model"),
-        ([base("a", state="failed")], "a", "base_not_servable"),
-        ([base("a", local_path=None)], "a", "base_not_servable"),
-        ([base("ft:a", kind="adapter")], "ft:a", "base_not_servable"),
+        ([], None, "not_configured"),
+        ([base("a", state="importing")], None, "not_configured"),
+        ([base("a"), base("b")], None, "ambiguous_id"),
+        ([base("a", state="failed")], "a", "not_servable"),
+        ([base("a", local_path=None)], "a", "not_servable"),
+        ([base("ft:a", kind="adapter")], "ft:a", "not_servable"),
     ],
 )
 def test_unsuitable_base_model_is_a_clear_error(
@@ -180,7 +180,7 @@ def test_endpoint_that_does_not_fit_is_not_used(tmp_path: Path, change: str) -> 
     with pytest.raises(LorryError) as refused:
         register(tmp_path, service, "b" if change == "base" else "a")
 
-    assert refused.value.code == "serving_endpoint_exists"
+    assert refused.value.code == "already_exists"
     assert "lorry serving remove local" in refused.value.remedy
 
 

@@ -61,7 +61,7 @@ def test_a_file_with_a_single_label_is_rejected_with_a_remedy(base: Base, label:
 
     found = report.get("refusal")
     assert found is not None
-    assert (found["code"], out.exists()) == ("single_label_dataset", False)
+    assert (found["code"], out.exists()) == ("nothing_to_learn", False)
     assert f"All 2 answers that are trained on have the label {str(label).lower()}" in found["message"]
     assert instead in found["remedy"]
 

@@ -178,7 +178,7 @@ def test_a_template_that_rewrites_earlier_turns_is_rejected_with_the_line(make_b
 
     found = refusal(base, turns("a", "b"), thinking)
 
-    assert found["code"] == "template_not_prefix_stable"
+    assert found["code"] == "unusable_chat_template"
     assert found["message"].startswith("Line 2: ")
     assert "last_turn" in found["remedy"]
     assert base.trained_text(turns("a", "<think>1</think>b")) == "<think>1</think>b<|im_end|>"
@@ -189,7 +189,7 @@ def test_last_turn_is_not_suggested_if_the_template_rules_it_out(make_base: Any)
 
     found = refusal(base, turns("a", "b"))
 
-    assert found["code"] == "template_not_prefix_stable"
+    assert found["code"] == "unusable_chat_template"
     assert "before an answer" in found["message"]
     assert "last_turn" not in found["remedy"]
 
@@ -199,7 +199,7 @@ def test_a_row_that_the_template_rejects_is_named(make_base: Any) -> None:
 
     found = refusal(base, turns("a", "b"), turns("a", "b", system="s"))
 
-    assert found["code"] == "template_refused_row"
+    assert found["code"] == "unusable_chat_template"
     assert found["message"].startswith("Line 2: ")
     assert "Only user and assistant roles are supported!" in found["message"]
 
@@ -219,7 +219,7 @@ BAD_TEMPLATES = {
 def test_a_bad_template_is_rejected_without_harm(make_base: Any, template: str) -> None:
     found = refusal(make_base(template), turns("question", "answer"))
 
-    assert found["code"] in ("unusable_chat_template", "template_refused_row", "nothing_to_learn")
+    assert found["code"] in ("unusable_chat_template", "unusable_chat_template", "nothing_to_learn")
 
 
 def test_weights_need_a_template_that_marks_every_answer(make_base: Any) -> None:
@@ -231,7 +231,7 @@ def test_weights_need_a_template_that_marks_every_answer(make_base: Any) -> None
     weighted = turns("a", "b", "c", "d")
     weighted[1]["weight"] = 0
 
-    assert refusal(base, weighted)["code"] == "template_hides_turns"
+    assert refusal(base, weighted)["code"] == "unusable_chat_template"
     assert base.trained_text(chat) == "d"
 
 
@@ -239,14 +239,14 @@ def test_a_token_outside_the_base_vocabulary_is_rejected(make_base: Any) -> None
     base: Base = make_base(SMOLLM2)
     (base.folder / "config.json").write_text(json.dumps({"vocab_size": 60}))
 
-    assert refusal(base, turns("question", "answer"))["code"] == "tokenizer_exceeds_base"
+    assert refusal(base, turns("question", "answer"))["code"] == "unusable_chat_template"
 
 
 def test_an_invalid_row_is_rejected_with_its_line(make_base: Any) -> None:
     found = refusal(make_base(SMOLLM2), turns("a", "b"), [{"role": "bot", "content": "x"}])
 
     assert (found["code"], found["message"]) == (
-        "invalid_role",
+        "invalid_row",
         "Line 2: messages[0].role is 'bot', which is not a valid role.",
     )
 

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import pytest
 
 from catalog.datasets.chat import Chat, check_chat
-from catalog.datasets.chat_templates import TEMPLATES, no_tools
+from catalog.datasets.chat_templates import TEMPLATES
+from catalog.error_texts import templates
 from tests.worker.chat_bases import CHATS, Base, Messages, turns
 from tests.worker.children.tokenizer.test_published_templates import published
 from worker.children.tokenizer.chat_template import ChatTemplate, Refused
@@ -62,7 +63,7 @@ def test_gemma_rejects_two_messages_of_the_user() -> None:
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_only_templates_that_render_tools_are_offered_for_rows_with_tools(name: str) -> None:
     given = Chat(chat_of(turns("a", "b")).messages, [{"type": "function", "function": {"name": "now"}}])
-    _, _, remedy = no_tools("tools")
+    remedy = templates()["template_without_tools"].remedy
     offered = remedy.partition("--chat-template ")[2].partition("`")[0].split("|")
 
     if name in offered:

@@ -67,5 +67,5 @@ def test_a_pair_among_chats_is_rejected_with_its_line(base: Base) -> None:
 
     found = report.get("refusal")
     assert found is not None
-    assert found["code"] == "mixed_kinds"
+    assert found["code"] == "invalid_row"
     assert found["message"].startswith("Line 2: ")

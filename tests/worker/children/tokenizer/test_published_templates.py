@@ -169,7 +169,7 @@ def test_error_names_a_system_message_that_the_template_drops(make_base: Any) ->
 
     found = refusal(base, turns("a", "b", system="s"), tools=None)
 
-    assert found["code"] == "template_not_prefix_stable"
+    assert found["code"] == "unusable_chat_template"
     assert "renders the system message only in the last message of a conversation" in found["message"]
     assert "at the start of the user's first message" in found["remedy"]
     assert base.trained_text(turns("s\n\na", "b")) == " b<|im_end|>"
@@ -181,7 +181,7 @@ def test_error_names_tools_that_the_template_moves(make_base: Any) -> None:
 
     found = refusal(base, chat)
 
-    assert found["code"] == "template_not_prefix_stable"
+    assert found["code"] == "unusable_chat_template"
     assert "renders the tools only before the user's last message" in found["message"]
     assert SPLIT in found["remedy"]
     masked = [chat[0], {**chat[1], "weight": 0}, *chat[2:]]
@@ -194,7 +194,7 @@ def test_error_names_the_think_block_of_qwen3_and_its_remedy_trains_every_answer
 
     found = refusal(base, ONE_CALL)
 
-    assert found["code"] == "template_not_prefix_stable"
+    assert found["code"] == "unusable_chat_template"
     assert "renders message 2 without its <think> block once other messages follow it" in found["message"]
     assert SPLIT in found["remedy"]
     masked = [USER, {**ONE_CALL[1], "weight": 0}, *ONE_CALL[2:]]

@@ -115,7 +115,7 @@ def test_restriction_of_a_template_is_reported_with_its_own_reason(make_base: An
 
     refusal: Any = base.prepare({"messages": CHAT, "tools": TOOLS})[0].get("refusal")
 
-    assert refusal["code"] == "template_refused_row"
+    assert refusal["code"] == "unusable_chat_template"
     assert "Only one tool call is supported" in refusal["message"]
 
 

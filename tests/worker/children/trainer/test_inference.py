@@ -534,7 +534,7 @@ def test_ruined_adapter_fails_only_its_own_request(
     events = drained(requests, directory)
 
     failures = [event for event in events if event["type"] == "unanswered"]
-    assert [(event["request_id"], event["error"]["code"]) for event in failures] == [("bad", "logits_not_finite")]
+    assert [(event["request_id"], event["error"]["code"]) for event in failures] == [("bad", "inference_failed")]
     assert text_of(events, "good")
 
 

@@ -167,7 +167,7 @@ def test_an_import_rejects_a_template_whose_end_of_turn_is_no_token(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("number", "code"),
-    [(errno.EFBIG, "import_limit"), (errno.ENOSPC, "out_of_space"), (errno.EIO, "disk_error")],
+    [(errno.EFBIG, "import_failed"), (errno.ENOSPC, "out_of_space"), (errno.EIO, "disk_error")],
 )
 def test_a_failed_import_write_is_classified_by_its_error_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: str
