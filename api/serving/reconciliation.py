@@ -13,7 +13,7 @@ from catalog.serving.keeping import EndpointWork, WantedAdapter
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Actions:
-    """What makes a server match its deployments."""
+    """Requests that make a server match its deployments."""
 
     folder: Path
     """Folder of the endpoint's adapters."""

@@ -78,7 +78,7 @@ class BaseModelMemory:
     """
 
     description: Mapping[str, Any]
-    """Of the base model, by lora_core."""
+    """Lora_core's description of the base model."""
     precision: str
     quantization: str = "none"
     kernels: ElementwiseKernels | None = None
@@ -201,7 +201,7 @@ class JobMemory:
     """The facts about a job that decide its memory."""
 
     num_parameters: int
-    """Of its adapter."""
+    """Trained parameters."""
     dropout: float = 0.0
     keeps_best: bool = False
     keeps_parent: bool = False

@@ -1,4 +1,4 @@
-"""A new hyperparameter is added in three files. The API, the CLI, the SDK and the reference get it by themselves."""
+"""A new hyperparameter is added in three files. The API, the CLI, the SDK and the reference are generated."""
 
 from __future__ import annotations
 
