@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lora_core.kernels import few_rows
+from lora_core.kernels.numba_jit import runs_on
 from lora_core.runtime.cpu_lanes import num_cores
 
 ROW_BLOCK = 256
@@ -25,7 +27,8 @@ FILLED_ROWS = (64, 128)
 """Numbers of rows to which fewer are padded before they are padded to a block. 64 rows take a quarter to a half of its
 time."""
 FEWEST_ROWS = 16
-"""Fewer rows are always padded: most kernels sum them in another order, and a trial of few rows may miss it."""
+"""Fewer rows are padded, unless few_rows.py computes them: most kernels of torch sum them in another order, and a trial
+of few rows may miss it."""
 LARGE = 1 << 24
 """Matrix elements above which at most ROW_BLOCK rows are tried. A trial takes 1.3 to 6 times a block's time. For the
 numbers of rows below a block, of which there are 15 in a pack, it pays off within a tick or two. Above it they may have
@@ -35,6 +38,8 @@ MOST_BYTES = 1 << 29
 Only heads are larger, in bf16 those with 128,256 tokens and at least 2,100 features."""
 FEWEST_PRODUCTS = 1 << 22
 """Multiplications below which a matmul is too short for several cores: threads need about 20 µs to begin."""
+RUN_LENGTHS = (1 << 40, 192, 256, 320, 336, 384, 448, 512)
+"""Numbers of summands after which a block may begin another sum (few_rows.py). They are tried in this order."""
 PATTERN = 8191
 """Length of the pattern that trial inputs repeat: a prime, so that no two rows are equal."""
 FACTOR = 0.7
@@ -56,6 +61,11 @@ class Product:
     def num_numbers(self) -> int:
         """Number of elements of the matrix."""
         return self.shape[0] * self.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the matrix."""
+        return self.num_numbers * self.dtype.itemsize
 
     def compute(self, x_TK: Tensor, matrix_KN: Tensor, bias_N: Tensor | None, y_TN: Tensor) -> None:
         """Write to y, or add to it for "addmm_"."""
@@ -79,6 +89,20 @@ class Product:
         blocks = (row_block,) * -(-num_rows // row_block)
         self.in_pieces(blocks, x_TK.flip(0), matrix_KN, bias_N, in_blocks_TN)
         return torch.equal(at_once_TN, in_blocks_TN.flip(0))
+
+    def run_length(self, row_block: int) -> int | None:
+        """Return the run length with which few_rows.py has the bits of blocks. None if there is none."""
+        num_summed, num_columns = self.shape
+        x_TK = _canceling(few_rows.MAX_ROWS, num_summed, self.dtype)
+        weight_NK = torch.full((num_columns, num_summed), FACTOR, dtype=self.dtype)
+        bias_N = _numbers(1, num_columns, self.dtype)[0].contiguous() if self.operation == "addmm" else None
+        found_TN, expected_TN = x_TK.new_empty(2, len(x_TK), num_columns)
+        self.in_pieces((row_block,), x_TK, weight_NK.T, bias_N, expected_TN)
+        for length in RUN_LENGTHS:
+            few_rows.multiply(x_TK, weight_NK, bias_N, found_TN, length)
+            if torch.equal(found_TN, expected_TN):
+                return length
+        return None
 
     def in_pieces(
         self, sizes: tuple[int, ...], x_TK: Tensor, matrix_KN: Tensor, bias_N: Tensor | None, y_TN: Tensor
@@ -115,6 +139,8 @@ class ExactProducts:
       that the trial also compares positions.
     - **Pieces** (`pieces`). If all rows at once fail the trial, they are divided into pieces that pass. The last piece
       may exceed the rows that are left. It is padded.
+    - **Few rows.** A kernel that reads the matrix once (few_rows.py) computes up to 8 rows by fp32 weights [N, K], if
+      such a trial finds a run length with which it has the bits of blocks.
     - **Cores.** A lane has one core (runtime/cpu_lanes.py). If there are fewer parts than cores, a matmul uses several
       of them, after another trial with that number of threads.
     """
@@ -124,6 +150,8 @@ class ExactProducts:
         self._pieces: dict[tuple[tuple[Product, ...], int, int], tuple[int, ...]] = {}
         self._trials: dict[tuple[Product, int, int], bool] = {}
         """The outcome by matmul, number of rows and number of threads."""
+        self._run_lengths: dict[tuple[Product, int], int | None] = {}
+        """The run length of few rows by matmul and number of threads."""
         self._trial_lock = Lock()  # one trial at a time, because each allocates a matrix
 
     def run(
@@ -135,9 +163,30 @@ class ExactProducts:
         y_TN: Tensor,
     ) -> None:
         product = product_of(operation, matrix_KN)
+        run_length = self._run_length(product) if len(x_TK) <= few_rows.MAX_ROWS and runs_on(x_TK) else None
+        if run_length is not None:
+            few_rows.multiply(x_TK, matrix_KN.T, bias_N, y_TN, run_length)
+            return
         pieces = self.pieces((product,), len(x_TK))
         with _threads(self._num_threads(product, pieces)):
             product.in_pieces(pieces, x_TK.contiguous(), matrix_KN, bias_N, y_TN)
+
+    def _run_length(self, product: Product) -> int | None:
+        """Return the run length of few rows, which the first call finds by trial. None: few rows are padded."""
+        num_summed, num_columns = product.shape
+        if (
+            product.operation == "addmm_"
+            or product.dtype != torch.float32
+            or product.stride != (1, num_summed)
+            or num_columns < few_rows.COLUMNS
+            or product.num_bytes > MOST_BYTES
+        ):
+            return None
+        call = (product, torch.get_num_threads())
+        with self._trial_lock:
+            if call not in self._run_lengths:
+                self._run_lengths[call] = product.run_length(self.row_block)
+            return self._run_lengths[call]
 
     def pieces(self, products: tuple[Product, ...], num_rows: int) -> tuple[int, ...]:
         """Return row counts for which all `products` give the bits of blocks. The last may exceed the rows left."""
@@ -175,8 +224,8 @@ class ExactProducts:
         """Return the outcome of the trial, which is made at the first call. Without a trial, only blocks match."""
         if num_rows == self.row_block and num_threads == torch.get_num_threads():
             return True
-        is_too_large = product.num_numbers * product.dtype.itemsize > MOST_BYTES
-        if num_rows < FEWEST_ROWS or is_too_large or (product.num_numbers > LARGE and num_rows > self.row_block):
+        is_large = product.num_numbers > LARGE and num_rows > self.row_block
+        if num_rows < FEWEST_ROWS or product.num_bytes > MOST_BYTES or is_large:
             return False
         call = (product, num_rows, num_threads)
         with self._trial_lock:
@@ -205,12 +254,19 @@ def product_of(operation: Literal["mm", "addmm", "addmm_"], matrix_KN: Tensor) -
     return Product(operation=operation, shape=(rows, columns), stride=stride, dtype=matrix_KN.dtype)
 
 
-def linear(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, exact: ExactProducts | None) -> Tensor:
-    """Return x Wᵀ + b, [T, N]. Not differentiable."""
+def linear(
+    x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, exact: ExactProducts | None, num_used: int | None = None
+) -> Tensor:
+    """Return x Wᵀ + b, [T, N]. Not differentiable. Rows from `num_used` on are padding: their result may be 0."""
     if exact is None:
         return F.linear(x_TK, weight_NK, bias_N)
-    y_TN = x_TK.new_empty(len(x_TK), len(weight_NK))
-    exact.run("mm" if bias_N is None else "addmm", x_TK, weight_NK.T, bias_N, y_TN)
+    operation = "mm" if bias_N is None else "addmm"
+    if num_used is None or num_used > few_rows.MAX_ROWS:
+        y_TN = x_TK.new_empty(len(x_TK), len(weight_NK))
+        exact.run(operation, x_TK, weight_NK.T, bias_N, y_TN)
+    else:
+        y_TN = x_TK.new_zeros(len(x_TK), len(weight_NK))
+        exact.run(operation, x_TK[:num_used], weight_NK.T, bias_N, y_TN[:num_used])
     return y_TN
 
 

@@ -42,11 +42,13 @@ BLOCK = 512
 """Elements that are summed in fp32. Sums of blocks are added in fp64."""
 
 
-def compiled(function: Function) -> Function:
-    """Compile without the GIL, for lanes. Sums may be reordered within a block. NaN and infinity are preserved."""
+def compiled(function: Function, *, in_order: bool = False) -> Function:
+    """Compile without the GIL, for lanes. Sums may be reordered within a block, unless `in_order`. NaN and infinity are
+    preserved."""
     if REFUSAL is not None:
         return function  # `runs_on` is false everywhere
-    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz"}}
+    fast = False if in_order else {"contract", "reassoc", "nsz"}
+    options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": fast}
     kernel: Any = njit(**options)(function)
     with suppress(RuntimeError):  # no writable cache folder: every process compiles the kernel
         kernel._cache = KernelCache(function)

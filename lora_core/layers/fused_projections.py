@@ -30,7 +30,7 @@ from lora_core.layers.lora_linear import (
 )
 from lora_core.layers.recomputed_inputs import InputOrigin, origin_of, save_input, saved_input
 from lora_core.layers.tiled_lora import SegmentedLora
-from lora_core.packing.packed_batch import BatchSegment, PackedBatch, computed_ahead, current_kernels
+from lora_core.packing.packed_batch import BatchSegment, PackedBatch, computed_ahead, current_kernels, num_used_rows
 
 NAMES = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names as in Llama and similar families. A family with other names computes its linears one by one."""
@@ -146,7 +146,10 @@ class PackedSiblings(torch.autograd.Function):
         origin: InputOrigin | None = None,
     ):
         ctx.exact = current_kernels().batch_invariant
-        outputs = [batch_invariant.linear(x_TD, weight.weight_OD, weight.bias_O, ctx.exact) for weight in weights]
+        outputs = [
+            batch_invariant.linear(x_TD, weight.weight_OD, weight.bias_O, ctx.exact, num_used_rows())
+            for weight in weights
+        ]
         ctx.weights, ctx.shares = weights, shares
         ctx.hidden = [_add_joint(outputs, x_TD, piece) for piece in shares.joint]
         ctx.branches = [add_lora(outputs[index], x_TD, pieces, weights[index]) for index, pieces in shares.single]

@@ -41,7 +41,7 @@ class TokenRowsHead(Head):
     ids_K: Tensor
     rows: TensorViews
 
-    def product(self, h_CD: Tensor) -> Tensor:
+    def product(self, h_CD: Tensor, num_used: int | None = None) -> Tensor:
         z_CV = F.linear(h_CD, self.weight_VD, self.bias_V)
         bias_K = None if self.bias_V is None else self.bias_V[self.ids_K]
         return z_CV.index_copy_(1, self.ids_K, F.linear(h_CD, self.rows.value, bias_K))
@@ -120,9 +120,11 @@ def logits_by_head(h_SD: Tensor, head: Head, pack: PackedBatch) -> Tensor:
         (places_l,) = upload([np.concatenate(rows)], h_SD.device)
         h_lD = h_SD[places_l]
         padded_lD = F.pad(h_lD, (0, 0, 0, -len(h_lD) % LABEL_MULTIPLE))
-        # Only the base's head is batch-invariant for any number of rows.
-        parts = [padded_lD] if own is head else padded_lD.split(LABEL_MULTIPLE)
-        logits_lV = torch.cat([own.logits(part) for part in parts])[: len(h_lD)]
+        if own is head:  # the only one that is batch-invariant for any number of rows
+            logits_lV = own.logits(padded_lD, len(h_lD))
+        else:
+            logits_lV = torch.cat([own.logits(part) for part in padded_lD.split(LABEL_MULTIPLE)])
+        logits_lV = logits_lV[: len(h_lD)]
         if len(places_l) == len(h_SD):
             return logits_lV
         if logits_SV is None:

@@ -19,7 +19,7 @@ from lora_core.kernels.batch_invariant import ExactProducts
 from lora_core.kernels.gpu.tiled_run import TiledRun
 from lora_core.kernels.numba_jit import array_of, runs_on
 from lora_core.layers.recomputed_inputs import InputOrigin, save_input, saved_input
-from lora_core.packing.packed_batch import BatchSegment, DropoutKey, current_kernels
+from lora_core.packing.packed_batch import BatchSegment, DropoutKey, current_kernels, num_used_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,7 +226,7 @@ class PackedLinear(torch.autograd.Function):
         origin: InputOrigin | None = None,
     ):
         ctx.exact = current_kernels().batch_invariant
-        y_TO = batch_invariant.linear(x_TD, linear.weight_OD, linear.bias_O, ctx.exact)
+        y_TO = batch_invariant.linear(x_TD, linear.weight_OD, linear.bias_O, ctx.exact, num_used_rows())
         ctx.pieces, ctx.runs = pieces, runs
         ctx.branches = add_lora(y_TO, x_TD, pieces, linear)
         ctx.hidden = [run.add([y_TO], x_TD) for run in runs]

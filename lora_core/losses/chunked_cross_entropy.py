@@ -41,9 +41,12 @@ class Head:
         """Whether the logits are the product h Wᵀ + b without scaling or capping."""
         return self.multiplier == 1.0 and self.softcap is None
 
-    def logits(self, h_CD: Tensor) -> Tensor:
-        """Return the logits [C, V] in the base model's dtype, as transformers computes them."""
-        z_CV = self.product(h_CD)
+    def logits(self, h_CD: Tensor, num_used: int | None = None) -> Tensor:
+        """Return the logits [C, V] in the base model's dtype, as transformers computes them.
+
+        Rows from `num_used` on are padding.
+        """
+        z_CV = self.product(h_CD, num_used)
         if self.multiplier != 1.0:
             z_CV = z_CV * self.multiplier
         if self.softcap is not None:  # each name for one tensor, so that only two exist at a time
@@ -52,8 +55,8 @@ class Head:
             z_CV = z_CV * self.softcap
         return z_CV
 
-    def product(self, h_CD: Tensor) -> Tensor:
-        return batch_invariant.linear(h_CD, self.weight_VD, self.bias_V, self.exact)
+    def product(self, h_CD: Tensor, num_used: int | None = None) -> Tensor:
+        return batch_invariant.linear(h_CD, self.weight_VD, self.bias_V, self.exact, num_used)
 
     def capping_slope(self, logits_CV: Tensor) -> Tensor | None:
         """Return the derivative of capping at these logits, 1 - tanh², [C, V]. None without capping."""

@@ -326,6 +326,12 @@ def current_kernels() -> Kernels:
     return Kernels() if current is None else current[1]
 
 
+def num_used_rows() -> int | None:
+    """Return the number of rows of the running forward pass before the padding, or None if it isn't known."""
+    pack = current_pack()
+    return pack.segments[-1].stop if pack is not None and pack.segments else None
+
+
 def computed_ahead() -> dict[str, tuple[Tensor, Tensor]]:
     """Return (input, output) of linears that a fused matmul of this pass has computed already, by module path."""
     return _ahead.get()

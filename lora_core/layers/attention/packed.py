@@ -5,7 +5,6 @@ It is registered with transformers under one name and without a mask: the pack c
 suffixes: H query heads, K key heads, G = H / K, S tokens of a sequence, T tokens of the pack, E head features.
 """
 
-from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -89,23 +88,19 @@ def _attend_with_cache(
 ) -> Tensor:
     """Return [1, T, H, E] in generation: within each sequence that has no cached keys yet, and for the newest token of
     the others."""
-    lengths = list(pack.sequence_lengths)
-    is_cached = [cache is not None and cache.num_tokens > 0 for cache, _ in zip_longest(pack.caches, lengths)]
     heads = (query, key, value)
-    output_THE = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
+    output_THE = query.new_zeros(query.shape[1], query.shape[0], value.shape[2])  # 0 in the padding
     start = 0
-    for length, cache, has_keys in zip_longest(lengths, pack.caches, is_cached):
+    for length, cache in zip(pack.sequence_lengths, pack.caches, strict=False):
         rows = slice(start, start + length)
         start += length
-        if has_keys:
-            continue
-        q, k, v = (part[:, rows] for part in heads)
-        if cache is not None:  # else the padding sequence
+        if cache.num_tokens == 0:
+            q, k, v = (part[:, rows] for part in heads)
             k, v = cache.extended(k, v)
-        output_THE[rows] = attend(q, k, v, causal=causal, **options).transpose(0, 1)
+            output_THE[rows] = attend(q, k, v, causal=causal, **options).transpose(0, 1)
     rows_n = pack.newest_rows_n
     if rows_n is not None and len(rows_n):
-        caches = [cache for cache, has_keys in zip(pack.caches, is_cached, strict=False) if has_keys]
+        caches = [cache for cache in pack.caches if cache.num_tokens]
         q, k, v = (part.transpose(0, 1)[rows_n].transpose(0, 1) for part in heads)  # the kernels read them by token
         output_THE[rows_n] = attend_newest(q, k, v, caches, pack.addresses_Cn4, **options)
     return output_THE[None]
