@@ -15,10 +15,10 @@ from typing import Any
 from api.auth.service_identity import secret_of
 from api.commands import backup
 from api.commands.bootstrap import Bootstrapped, bootstrap, open_existing, sign_in_token, sign_in_url, warn_if_readable
-from catalog import logs, pepper, variables
+from catalog import logs, pepper
 from catalog.db.errors import DatabaseSilent
 from catalog.errors import LorryError
-from catalog.settings import Settings
+from catalog.settings import Settings, unknown_variables
 from catalog.tenancy import authentication, projects
 
 LINK_SECONDS = 900
@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
 def _serve(arguments: argparse.Namespace, settings: Settings) -> int:
     from api.server import serve  # late: the other commands need no web server
 
-    for warning in variables.unknown(os.environ):
+    for warning in unknown_variables(os.environ):
         log.warning("%s", warning)
     warn_if_readable(settings.data_dir)
     open_existing(settings).close()
@@ -63,7 +63,7 @@ def _serve(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def _bootstrap(arguments: argparse.Namespace, settings: Settings) -> int:
-    done, warnings = bootstrap(settings), variables.unknown(os.environ)
+    done, warnings = bootstrap(settings), unknown_variables(os.environ)
     if arguments.json:
         secret = {"identity_secret": secret_of(done.pepper.current)} if arguments.identity_secret else {}
         _print(

@@ -8,8 +8,7 @@ from contextlib import asynccontextmanager
 from anyio.to_thread import current_default_thread_limiter
 from fastapi import Depends, FastAPI
 
-from api.background.periodic import PERIODIC
-from api.background.supervisor import LOOPS, background_work
+from api.background.periodic import LOOPS, PERIODIC, background_work
 from api.dashboard import Dashboard
 from api.deps import Services
 from api.errors import handlers
@@ -22,7 +21,7 @@ from api.middleware.request_gate import Gate
 from api.openapi import Api
 from api.rate_limits.limits import Limits
 from api.rate_limits.threads import ROUTE_THREADS, KeyChecks, SlowWork
-from api.requests.query_parameters import refuse_unknown_query
+from api.requests.parameters import refuse_unknown_query
 from api.requests.strict_json import refuse_loose_json
 from api.routes import (
     adapters,
@@ -46,14 +45,13 @@ from api.routes import (
     webhooks,
 )
 from api.routes import uploads as part_uploads
-from api.routes.serving import deployments, exports
 from api.routes.serving import endpoints as serving_endpoints
+from api.routes.serving import exports
 from api.serving.keeper import EndpointKeepers, KeeperTools
 from api.serving.reference_answers import ReferenceAnswers
 from api.settings import ApiSettings
 from api.streaming.hub import Feed
-from api.streaming.job_stream import JobSource
-from api.streaming.queue_stream import QueueSource
+from api.streaming.sources import JobSource, QueueSource
 from api.telemetry import Telemetry
 from api.transfers import file_upload
 from api.transfers.attachment import Downloads
@@ -154,7 +152,6 @@ def create_app(
         audit_events,
         webhooks,
         serving_endpoints,
-        deployments,
     )
     for module in (*resources, signing_keys, sign_in, health):
         app.include_router(module.router)

@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from api.rate_limits.limits import Limits
     from api.serving.keeper import EndpointKeepers
     from api.streaming.hub import Feed
-    from api.streaming.job_stream import JobSource
-    from api.streaming.queue_stream import QueueSource
+    from api.streaming.sources import JobSource, QueueSource
     from api.webhooks.delivery_loop import WebhookDeliverer
     from api.webhooks.http_sender import WebhookSender
 

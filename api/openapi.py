@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.auth.scopes import NEEDED
-from catalog.spec.strict import WITHOUT_NUL
+from catalog.spec.model_fields import WITHOUT_NUL
 
 
 class Api(FastAPI):

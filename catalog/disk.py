@@ -1,12 +1,17 @@
-"""Detects a full disk. Code that writes files under the data folder does so inside `full_disk_named`."""
+"""Writes files and folders that survive a power failure, and detects a full disk.
+
+Code that writes files under the data folder does so inside `full_disk_named`.
+"""
 
 from __future__ import annotations
 
 import errno
+import os
 import re
 import sqlite3
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 
 from catalog.errors import OutOfSpace
 
@@ -38,3 +43,23 @@ def tells_of_full(text: str) -> bool:
 
 def out_of_space(place: str = "the data folder or the artifact store") -> OutOfSpace:
     return OutOfSpace("out_of_space", place=place)
+
+
+def sync(path: Path) -> None:
+    """fsync a file, or a folder and therefore the names in it. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: Path, *, mode: int = 0o777) -> None:
+    """Create a folder and its missing parents. They survive a power failure after the return. Raises OSError.
+
+    mode: mode of the folder itself. Its parents get the default mode, as with `Path.mkdir`.
+    """
+    missing = [folder for folder in (path.absolute(), *path.absolute().parents) if not folder.exists()]
+    path.mkdir(mode=mode, parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)

@@ -1,22 +1,29 @@
-"""The pepper: the secret key for HMACs of API keys. Webhook secrets are derived from it. It is not in the database.
+"""The pepper: the secret key for HMACs of API keys, and for stored secrets. It is not in the database.
 
 During a rotation there are two peppers. New digests and secrets use the current one; those of the previous one stay
 valid. A pepper is created only while no API keys exist, because a new one would invalidate all of them.
+
+Secrets are sealed with AES-256-GCM under a key for each purpose, bound to one row's id. A copy in another row can't be
+decrypted. `resealed` encrypts a secret again after a rotation.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import os
 import secrets
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from sqlalchemy import select
 
-from catalog import durable
+from catalog import disk
 from catalog.db.database import Database
 from catalog.disk import full_disk_named
 from catalog.errors import Conflict, InvalidRequest
@@ -28,6 +35,7 @@ MIN_BYTES = 32
 FILE_NAME = "pepper"
 PREVIOUS_FILE_NAME = "pepper.previous"
 NEW = "LORRY_PEPPER=$(openssl rand -hex 32)"
+NONCE_BYTES = 12
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -126,7 +134,7 @@ def _check_no_keys(db: Database, path: Path) -> None:
 
 def _create_once(path: Path, content: bytes) -> None:
     """Create the file, or keep the one that another process has created at the same time."""
-    durable.make_folder(path.parent)
+    disk.make_folder(path.parent)
     draft = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
     handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
@@ -138,4 +146,35 @@ def _create_once(path: Path, content: bytes) -> None:
             os.link(draft, path)
     finally:
         draft.unlink()
-    durable.sync(path.parent)  # before a key is made with it
+    disk.sync(path.parent)  # before a key is made with it
+
+
+def seal(secret: str, *, purpose: bytes, row_id: str, pepper: bytes) -> str:
+    """Return the encrypted secret in Base64."""
+    nonce = os.urandom(NONCE_BYTES)
+    return base64.b64encode(nonce + _cipher(pepper, purpose).encrypt(nonce, secret.encode(), row_id.encode())).decode()
+
+
+def unseal(sealed: str, *, purpose: bytes, row_id: str, peppers: Sequence[bytes]) -> str | None:
+    """Return the secret, or None if none of the peppers has sealed it for this row, or if `sealed` is damaged."""
+    for pepper in peppers:
+        with suppress(InvalidTag, ValueError):  # ValueError: damaged Base64, or too short for a nonce
+            content = base64.b64decode(sealed, validate=True)
+            opened = _cipher(pepper, purpose).decrypt(content[:NONCE_BYTES], content[NONCE_BYTES:], row_id.encode())
+            return opened.decode()
+    return None
+
+
+def resealed(sealed: str, *, purpose: bytes, row_id: str, peppers: Sequence[bytes]) -> str | None:
+    """Return the secret encrypted with the current pepper: `sealed` itself if it is. None if it can't be decrypted.
+
+    peppers: the current one first.
+    """
+    if unseal(sealed, purpose=purpose, row_id=row_id, peppers=peppers[:1]) is not None:
+        return sealed
+    secret = unseal(sealed, purpose=purpose, row_id=row_id, peppers=peppers[1:])
+    return None if secret is None else seal(secret, purpose=purpose, row_id=row_id, pepper=peppers[0])
+
+
+def _cipher(pepper: bytes, purpose: bytes) -> AESGCM:
+    return AESGCM(hmac.digest(pepper, purpose, hashlib.sha256))

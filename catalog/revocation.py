@@ -20,11 +20,10 @@ from catalog.errors import Conflict, Forbidden
 from catalog.exports import commands as export_commands
 from catalog.jobs import commands as job_commands
 from catalog.states import UNFINISHED_STATES
-from catalog.sweeps import commands as sweep_commands
-from catalog.tables.batches import Batch
-from catalog.tables.exports import UNFINISHED_EXPORTS, AdapterExport
-from catalog.tables.jobs import Job
-from catalog.tables.sweeps import Sweep
+from catalog.sweeps import queries as sweep_commands
+from catalog.tables.jobs import Job, Sweep
+from catalog.tables.serving import Batch
+from catalog.tables.storage import UNFINISHED_EXPORTS, AdapterExport
 from catalog.tables.table import Json
 from catalog.tables.tenancy import ApiKey
 from catalog.tenancy import authentication

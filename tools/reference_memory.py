@@ -4,9 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from catalog.resources import memory
-from catalog.resources.gpus import CARDS, CUDA_BYTES, Card
 from catalog.resources.memory import BaseModelMemory, JobMemory
-from catalog.resources.sharding import Demand, block_bytes, would_fit
+from catalog.resources.sharding import CARDS, CUDA_BYTES, Card, Demand, block_bytes, would_fit
 
 RANK, LONGEST_ROW, BATCH_SIZE = 16, 2048, 8
 MAX_JOBS = 16

@@ -32,16 +32,14 @@ from worker.background.child_task import Abandoned
 from worker.background.task_runner import TaskRunner
 from worker.context.context import WorkerContext
 from worker.gang.gang import WorkerGang, gang_of
-from worker.next_work import Work, find_work, next_work
+from worker.next_work import Work, announced, find_work, next_work
 from worker.node import scratch_dirs
 from worker.process.launcher import TrainerProcess, launch
 from worker.protocol.mailbox import Json, TrainerDirectory
-from worker.session.base_load import BaseLoad
-from worker.session.capacity import announced
+from worker.session.base_load import BaseLoad, BaseToLoad, strategy_for
 from worker.session.failures import TrainerEnd, job_failure, launch_failure, load_error
 from worker.session.job_logs import cleaned
 from worker.session.session_job import STOPPED, End, requested_verb
-from worker.session.sharding import BaseToLoad, strategy_for
 from worker.session.trainer_session import OUTAGES, TrainerSession
 from worker.session.watchdog import cordon_if_unkillable, watch_clock
 

@@ -2,16 +2,22 @@
 that will be missed, advance sweeps, seal and anchor the audit log, wake workers, and delete objects that nothing
 references.
 
-Every API server runs them, so each action must be safe while another process runs it.
+Every API server runs them, so each action must be safe while another process runs it. `background_work` starts all
+background work of an API server, keeps it running, and stops it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from starlette.concurrency import run_in_threadpool
+
 from api.deps import Services
+from api.telemetry import Telemetry
 from catalog.audit import chain
 from catalog.audit.derived_keys import PepperReplaced
 from catalog.errors import OutOfSpace, Unavailable
@@ -19,11 +25,11 @@ from catalog.inference import engines
 from catalog.lifecycle import deadlines, recovery
 from catalog.maintenance import audit_anchors
 from catalog.maintenance.garbage_collection import clean
-from catalog.queue import pending
+from catalog.queue import notifier
 from catalog.serving import endpoints
 from catalog.settings import Settings
 from catalog.sweeps import controller
-from catalog.webhooks import delivery_log, sealed_urls
+from catalog.webhooks import delivery_log, signing
 
 log = logging.getLogger("lorry.api")
 
@@ -31,6 +37,11 @@ SEALED_AT_MOST = 10_000
 """Maximum number of events sealed in one run, so that an upgrade that clears all seals does not take minutes."""
 MAX_STEPS = 20
 """Maximum number of steps of sweeps in one run."""
+RESTART_SECONDS = 1.0
+"""Delay between a crash of a loop and its restart."""
+LOOPS = ("streams", "webhooks", "batches", "serving")
+"""Names of the loops, under which their restarts are counted. Each runs until it is cancelled."""
+Run = Callable[[], Awaitable[None]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,12 +98,12 @@ def _notify_missed_deadlines(services: Services) -> None:
 
 
 def _wake_workers(services: Services) -> None:
-    if pending.has_work(services.db):
+    if notifier.has_work(services.db):
         services.notifier.wake_workers()
 
 
 def _collect_garbage(services: Services) -> None:
-    sealed_urls.seal_all(services.db, peppers=services.pepper.all())
+    signing.seal_all(services.db, peppers=services.pepper.all())
     endpoints.seal_all(services.db, peppers=services.pepper.all())
     num_deleted = clean(services.db, services.store)
     delivery_log.forget(services.db)
@@ -115,3 +126,46 @@ PERIODIC = (
     Periodic(name="anchor", act=_anchor, seconds=lambda _: 3600.0, first_seconds=0.0),
     Periodic(name="collect_garbage", act=_collect_garbage, seconds=lambda _: 24 * 3600.0, first_seconds=600.0),
 )
+
+
+@asynccontextmanager
+async def background_work(services: Services) -> AsyncGenerator[None]:
+    """Run the periodic actions and the loops while the block runs."""
+    loops: Mapping[str, Run] = {
+        "streams": services.feed.run,
+        "webhooks": services.deliverer.run,
+        "batches": services.batches.run,
+        "serving": services.keepers.run,
+    }
+    runs = [keep_running(name, loops[name], services.telemetry) for name in LOOPS]
+    tasks = [asyncio.create_task(run) for run in (*runs, *(_repeat(each, services) for each in PERIODIC))]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def keep_running(
+    name: str, run: Run, telemetry: Telemetry, *, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+) -> None:
+    """Run a loop until it returns. A loop that crashes is logged, counted and restarted: otherwise live streams would
+    stop, or revoked keys would keep their streams."""
+    while True:
+        try:
+            await run()
+        except Exception:  # any crash: the loop must keep running as long as the process
+            log.exception("crash in the background task %s", name)
+            telemetry.count_restart(name)
+        else:
+            return
+        await sleep(RESTART_SECONDS)
+
+
+async def _repeat(periodic: Periodic, services: Services) -> None:
+    seconds = periodic.seconds(services.settings)
+    await asyncio.sleep(seconds if periodic.first_seconds is None else periodic.first_seconds)
+    while True:
+        await run_in_threadpool(periodic.run, services)
+        await asyncio.sleep(seconds)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sqlalchemy import URL, inspect, make_url
 
-from catalog import durable, pepper
+from catalog import disk, pepper
 from catalog.db.database import Database
 from catalog.disk import full_disk_named
 from catalog.errors import InvalidRequest
@@ -38,7 +38,7 @@ def bootstrap(settings: Settings) -> Bootstrapped:
     """Create the bucket, and create or migrate the database. Safe to repeat and to run concurrently: only one call gets
     the key."""
     with full_disk_named():
-        durable.make_folder(settings.data_dir, mode=0o700)
+        disk.make_folder(settings.data_dir, mode=0o700)
     warn_if_readable(settings.data_dir)
     create_missing_bucket(settings.resolved_store_url())
     db = Database(settings.resolved_database_url())

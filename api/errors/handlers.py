@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.errors import unsupported
+from api.errors import validation
 from api.errors.links import doc_url
 from api.errors.validation import AGAIN, explain
 from api.rate_limits.limits import retry_headers
@@ -144,7 +144,7 @@ def _unreadable_body(cause: BaseException | None) -> ErrorText:
 
 def _unknown_route(request: Request) -> Response:
     route = {"method": request.method, "path": _quoted(request.url.path)}
-    name = unsupported.find(request.url.path)
+    name = validation.find(request.url.path)
     if name is not None:
         return error_response(404, ErrorText.of(name, **route))
     templates: list[str] = list(request.app.methods)

@@ -16,7 +16,7 @@ from catalog.disk import full_disk_named
 from catalog.error_texts import ErrorText
 from catalog.errors import LorryError
 from catalog.storage.store import ArtifactStore, Blob
-from catalog.tables.batches import BatchLine
+from catalog.tables.serving import BatchLine
 from catalog.tables.table import Json, new_id
 
 RESULTS_AT_ONCE = 10

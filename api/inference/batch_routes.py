@@ -5,7 +5,7 @@ from __future__ import annotations
 from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Limit, Use
 from api.inference.batch_schemas import BatchObject, BatchRequest, batch_object
-from api.requests.path_parameters import BatchId
+from api.requests.parameters import BatchId
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.pagination import ListPage, page_of

@@ -10,8 +10,8 @@ from api.schemas import CreatedAt, ObjectId
 from api.schemas.files import ExpiresAfter
 from catalog.batches.commands import BatchStatus, Endpoint
 from catalog.spec.job import MAX_KEY_LENGTH, MAX_PAIRS, MAX_VALUE_LENGTH, Id
-from catalog.spec.strict import WITHOUT_NUL, Strict
-from catalog.tables.batches import Batch
+from catalog.spec.model_fields import WITHOUT_NUL, Strict
+from catalog.tables.serving import Batch
 
 MAX_CUSTOM_ID_CHARS = 512
 

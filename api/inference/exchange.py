@@ -32,7 +32,7 @@ from api.inference.vllm_client import (
     logprob_events,
     request_of,
 )
-from api.rate_limits.project_slots import ProjectSlots
+from api.rate_limits.threads import ProjectSlots
 from catalog.db.database import Database
 from catalog.errors import LorryError, RateLimited
 from catalog.inference import engines

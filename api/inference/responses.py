@@ -25,8 +25,8 @@ from api.schemas.inference import (
     ToolCallObject,
     Usage,
 )
-from catalog.inference import tool_calls
-from catalog.inference.logprobs import text_logprobs
+from catalog.inference import answer_format
+from catalog.inference.answer_format import text_logprobs
 
 DONE = b"data: [DONE]\n\n"
 
@@ -163,7 +163,7 @@ class ChatFormat:
     def _parsed(self, text: str) -> tuple[str, list[ToolCallObject]]:
         if not self._tools:
             return text, []
-        rest, calls = tool_calls.parse(text, names=self._tools)
+        rest, calls = answer_format.parse(text, names=self._tools)
         return rest, [
             ToolCallObject(
                 id=f"call_{secrets.token_hex(12)}",

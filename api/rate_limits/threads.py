@@ -7,7 +7,9 @@ one project also gets a few.
 
 from __future__ import annotations
 
+import asyncio
 import threading
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,7 +20,6 @@ import anyio.to_thread
 from anyio.lowlevel import RunVar
 from starlette.requests import Request
 
-from api.rate_limits.project_slots import ProjectSlots
 from api.requests.disconnects import watched
 from catalog.errors import Unavailable
 
@@ -34,6 +35,33 @@ SLOW_THREADS_OF_PROJECT = 2
 WAIT_SECONDS = 60.0
 """Maximum wait of slow work for a thread; after that, the client is asked to try again."""
 T = TypeVar("T")
+
+
+class ProjectSlots:
+    """Slots for one event loop. A project that waits for one of its own slots occupies none of the common ones."""
+
+    def __init__(self, total: int, *, per_project: int) -> None:
+        self._total = asyncio.Semaphore(total)
+        self._per_project = per_project
+        self._of_project: dict[str, asyncio.Semaphore] = {}
+        self._users: Counter[str] = Counter()
+
+    @asynccontextmanager
+    async def slot(self, project_id: str) -> AsyncGenerator[None]:
+        own = self._of_project.setdefault(project_id, asyncio.Semaphore(self._per_project))
+        self._users[project_id] += 1
+        try:
+            async with own, self._total:
+                yield
+        finally:
+            self._users[project_id] -= 1
+            if not self._users[project_id]:
+                del self._users[project_id], self._of_project[project_id]
+
+    def is_full(self, project_id: str) -> bool:
+        """Return whether the project would have to wait now."""
+        own = self._of_project.get(project_id)
+        return self._total.locked() or (own is not None and own.locked())
 
 
 class KeyChecks:

@@ -13,7 +13,7 @@ from api.auth.authentication import Signed
 from api.deps import After, IsRetry, JobKey, Limit, Services, Use
 from api.job_objects import job_objects
 from api.requests.idempotency import identity_of_text
-from api.requests.path_parameters import Adapter, FilePath
+from api.requests.parameters import Adapter, FilePath
 from api.routes import FILE, SIGNED, binary, errors
 from api.routing import Router
 from api.schemas.adapters import (
@@ -29,8 +29,7 @@ from api.schemas.adapters import (
 )
 from api.schemas.jobs import FineTuningJob
 from api.schemas.pagination import ListPage, page_of
-from api.transfers.adapter_archive import ArchiveMember, inline, tar_chunks, tar_size
-from api.transfers.attachment import READ_BYTES, Download
+from api.transfers.attachment import READ_BYTES, ArchiveMember, Download, inline, tar_chunks, tar_size
 from catalog.audit import lineage_signatures
 from catalog.caller import Caller
 from catalog.errors import LorryError

@@ -8,7 +8,7 @@ from fastapi import Query
 
 from api.auth.authentication import Signed
 from api.deps import After, IdempotencyKey, Limit, Services, Use
-from api.requests.path_parameters import ApiKeyId
+from api.requests.parameters import ApiKeyId
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.keys import (
@@ -48,16 +48,7 @@ def create_api_key(
     that the first one created. A new key can't have more rights than the key that creates it. A project has at most 100
     valid keys. Requires the scope `keys:write`.
     """
-    request = api_keys.KeyRequest(
-        name=body.name,
-        project=body.project,
-        scopes=body.scopes,
-        is_operator=body.is_operator,
-        expires_at=body.expires_at,
-        requests_per_minute=body.requests_per_minute,
-        jobs_per_day=body.jobs_per_day,
-        highest_priority=body.highest_priority,
-    )
+    request = api_keys.KeyRequest(**body.model_dump())
     row, value = api_keys.create(
         use.db, caller=caller, request=request, pepper=use.pepper, idempotency_key=idempotency_key
     )

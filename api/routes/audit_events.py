@@ -20,7 +20,7 @@ from catalog.audit import chain, log
 from catalog.audit.log import AuditType, Filters
 from catalog.db.database import Database
 from catalog.maintenance import audit_anchors
-from catalog.spec.strict import LAST_SECOND
+from catalog.spec.model_fields import LAST_SECOND
 
 router = Router(prefix="/v1/audit_events", tags=["audit log"], responses={**SIGNED, **errors(403)})
 MOST_NAMED = 50

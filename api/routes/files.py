@@ -11,7 +11,7 @@ from starlette.responses import StreamingResponse
 from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Use
 from api.rate_limits.threads import run_route
-from api.requests.path_parameters import FileId
+from api.requests.parameters import FileId
 from api.routes import FILE, SIGNED, errors
 from api.routing import Router
 from api.schemas.files import DataReport, FileDeleted, FileObject, file_object, lifetime_seconds

@@ -11,13 +11,12 @@ from starlette.responses import StreamingResponse
 from api.auth.authentication import Recheck, Signed, require_operator
 from api.deps import Use
 from api.rate_limits.threads import run_route
-from api.requests.path_parameters import WorkerId
+from api.requests.parameters import WorkerId
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.fleet import CordonRequest, QueueObject, WorkerObject, worker_object
 from api.schemas.pagination import ListPage, page_of
-from api.streaming.hub import Subscription
-from api.streaming.response import LiveStream
+from api.streaming.hub import LiveStream, Subscription
 from catalog.fleet import cordons, views
 from catalog.queue import listing
 from catalog.scheduling.snapshot import Policy

@@ -11,7 +11,7 @@ from starlette.responses import Response, StreamingResponse
 from api.auth.authentication import Recheck, Signed
 from api.deps import After, Limit, Use
 from api.rate_limits.threads import run_route
-from api.requests.path_parameters import JobId
+from api.requests.parameters import JobId
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.job_history import (
@@ -30,9 +30,8 @@ from api.schemas.job_history import (
     metric_point,
 )
 from api.schemas.pagination import ListPage, page_of
-from api.streaming.hub import Subscription
-from api.streaming.job_stream import JobWatch
-from api.streaming.response import LiveStream
+from api.streaming.hub import LiveStream, Subscription
+from api.streaming.sources import JobWatch
 from api.streaming.sse import last_event_id
 from catalog.errors import InvalidRequest
 from catalog.history import job_logs, queries

@@ -14,8 +14,7 @@ from api.auth.authentication import Signed
 from api.deps import After, IsRetry, JobKey, Limit, Services, Use
 from api.job_objects import job_objects
 from api.requests.idempotency import identity_of
-from api.requests.path_parameters import JobId
-from api.requests.query_parameters import metadata_filter
+from api.requests.parameters import JobId, metadata_filter
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.jobs import JOB_REQUEST_EXAMPLES, FineTuningJob, JobBody, JobMove

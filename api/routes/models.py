@@ -5,12 +5,12 @@ from __future__ import annotations
 from api.auth.authentication import Operator, Signed
 from api.auth.scopes import require_scope
 from api.deps import IsRetry, Services, Use
-from api.requests.path_parameters import Model
+from api.requests.parameters import Model
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.models import AddModelRequest, ModelDeleted, ModelObject, adapter_model, base_object
 from api.schemas.pagination import ListPage, page_of
-from catalog.inference.availability import inference_states
+from catalog.inference.requests import inference_states
 from catalog.registry import adapters, base_models
 from catalog.registry.adapters import CheckpointModel
 from catalog.tables.storage import BaseModelRow

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Limit, Use
-from api.requests.path_parameters import Organization
+from api.requests.parameters import Organization
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.organizations import OrganizationObject, OrganizationRequest, organization_object

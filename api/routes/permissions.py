@@ -8,11 +8,11 @@ from fastapi import Query
 
 from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Use
-from api.requests.path_parameters import FineTunedModel, PermissionId
+from api.requests.parameters import FineTunedModel, PermissionId
 from api.routes import SIGNED, errors
 from api.routing import Router
+from api.schemas.adapters import PermissionDeleted, PermissionObject, PermissionRequest, permission_object
 from api.schemas.pagination import ListPage, page_of
-from api.schemas.permissions import PermissionDeleted, PermissionObject, PermissionRequest, permission_object
 from catalog.registry import permissions
 
 router = Router(

@@ -8,7 +8,7 @@ from fastapi import Body
 
 from api.auth.authentication import Signed
 from api.deps import After, Limit, Use
-from api.requests.path_parameters import PlanId
+from api.requests.parameters import PlanId
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.jobs import JOB_REQUEST_EXAMPLES
@@ -16,7 +16,7 @@ from api.schemas.pagination import ListPage, page_of
 from api.schemas.plans import PlanDeleted, PlanObject, plan_object
 from catalog.plans import plans
 from catalog.spec.job import JobRequest
-from catalog.tables.plans import Plan
+from catalog.tables.jobs import Plan
 from catalog.tenancy.authentication import Caller
 
 router = Router(prefix="/v1/plans", tags=["plans"], responses=SIGNED)

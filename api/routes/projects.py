@@ -8,7 +8,7 @@ from fastapi import Query
 
 from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Limit, Use
-from api.requests.path_parameters import Project
+from api.requests.parameters import Project
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.pagination import ListPage, page_of

@@ -10,13 +10,13 @@ from fastapi.openapi.models import Example
 from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Limit, Use
 from api.requests.idempotency import identity_of
-from api.requests.path_parameters import SweepId
+from api.requests.parameters import SweepId
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.pagination import ListPage, page_of
 from api.schemas.sweeps import SweepObject, TrialObject, sweep_object, trial_object
 from catalog.spec.sweep import MAX_TRIALS, SweepRequest
-from catalog.sweeps import commands, controller, creation, queries
+from catalog.sweeps import controller, creation, queries
 
 router = Router(prefix="/v1/sweeps", tags=["sweeps"], responses=SIGNED)
 Number = Annotated[int, Path(ge=0, lt=MAX_TRIALS, description="Number of the trial, from 0.")]
@@ -89,7 +89,7 @@ def cancel_sweep(sweep_id: SweepId, use: Use, caller: Signed, is_retry: IsRetry)
 
     Requires the scope `jobs:write`.
     """
-    commands.cancel(use.db, project_id=caller.project_id, sweep_id=sweep_id, is_client_retry=is_retry)
+    queries.cancel(use.db, project_id=caller.project_id, sweep_id=sweep_id, is_client_retry=is_retry)
     controller.advance(use.db, sweep_id)
     return get_sweep(sweep_id, use, caller)
 
@@ -100,7 +100,7 @@ def close_sweep(sweep_id: SweepId, use: Use, caller: Signed) -> SweepObject:
 
     Requires the scope `jobs:write`.
     """
-    commands.close(use.db, project_id=caller.project_id, sweep_id=sweep_id)
+    queries.close(use.db, project_id=caller.project_id, sweep_id=sweep_id)
     controller.advance(use.db, sweep_id)
     return get_sweep(sweep_id, use, caller)
 
@@ -129,7 +129,5 @@ def stop_trial(sweep_id: SweepId, number: Number, use: Use, caller: Signed, is_r
 
     It produces no adapter, and its job ends as `cancelled` with the reason `pruned`. Requires the scope `jobs:write`.
     """
-    commands.stop_trial(
-        use.db, project_id=caller.project_id, sweep_id=sweep_id, number=number, is_client_retry=is_retry
-    )
+    queries.stop_trial(use.db, project_id=caller.project_id, sweep_id=sweep_id, number=number, is_client_retry=is_retry)
     return get_trial(sweep_id, number, use, caller)

@@ -10,10 +10,10 @@ from fastapi import Request
 from api.auth.authentication import Signed
 from api.deps import IsRetry, Use
 from api.rate_limits.threads import run_route
-from api.requests.path_parameters import UploadId
+from api.requests.parameters import UploadId
 from api.routes import SIGNED, errors
 from api.routing import Router
-from api.schemas.uploads import (
+from api.schemas.files import (
     UploadCompletion,
     UploadObject,
     UploadPartObject,

@@ -12,7 +12,7 @@ from api.routes import SIGNED
 from api.routing import Router
 from api.schemas.usage import UsagePage, usage_page
 from catalog.db.database import read_clock
-from catalog.spec.strict import LAST_SECOND
+from catalog.spec.model_fields import LAST_SECOND
 from catalog.usage import report as usage_report
 from catalog.usage.ledger import DAY_SECONDS
 from catalog.usage.report import MOST_DAYS, GroupBy, UsageQuery

@@ -11,7 +11,7 @@ from fastapi import Query
 from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Limit, Services, Use
 from api.rate_limits.threads import run_route
-from api.requests.path_parameters import WebhookDeliveryId, WebhookEndpointId
+from api.requests.parameters import WebhookDeliveryId, WebhookEndpointId
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.pagination import ListPage, page_of
@@ -35,7 +35,7 @@ from api.schemas.webhooks import (
 from catalog.db.database import read_clock
 from catalog.errors import Conflict
 from catalog.tables.webhooks import WebhookDelivery
-from catalog.webhooks import delivery_log, delivery_queue, endpoints, sealed_urls, signing
+from catalog.webhooks import delivery_log, delivery_queue, endpoints, signing
 from catalog.webhooks.delivery_log import Status
 from catalog.webhooks.delivery_queue import DeliveryResult
 from catalog.webhooks.outbox import EVENT_TYPES, SAMPLE_IDS
@@ -152,7 +152,7 @@ async def test_webhook_endpoint(
     now = await run_route(project_id, partial(_now, use))
     delivery = delivery_queue.new_test(endpoint, body.event_type, subject=SAMPLE_IDS[body.event_type], now=now)
     secrets = signing.good(endpoint, use.pepper, now=now)
-    url = sealed_urls.get(endpoint, peppers=use.pepper.all())
+    url = signing.get(endpoint, peppers=use.pepper.all())
     outcome = await _sent(use, project_id, url, delivery, secrets)
     await run_route(project_id, partial(delivery_queue.record_test, use.db, endpoint, delivery, outcome))
     if outcome.status_code is None:

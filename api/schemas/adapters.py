@@ -1,16 +1,20 @@
-"""Schemas of trained adapters, their files and their lineage."""
+"""Schemas of trained adapters, their files, their lineage, and permissions of other projects to read them."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from api.schemas import AdapterId, AdapterName, BaseDigest, BaseName, CreatedAt, Deleted, JobId, LineageId
+from api.schemas import AdapterId, AdapterName, BaseDigest, BaseName, CreatedAt, Deleted, JobId, LineageId, ObjectId
 from api.schemas.job_history import Rewards
 from catalog.registry import checkpoints, efficiency
+from catalog.spec.model_fields import WITHOUT_NUL, Strict
 from catalog.tables.storage import Adapter, Artifact
 from catalog.tables.table import Json
+from catalog.tables.tenancy import ModelPermission
+
+ProjectName = Annotated[str, Field(min_length=1, max_length=128, json_schema_extra=WITHOUT_NUL)]
 
 
 class VerificationObject(BaseModel):
@@ -338,3 +342,46 @@ def adapter_object(row: Adapter, *, num_bytes: int, rank: int | None, cost: Json
 
 def files_object(row: Artifact) -> ArtifactFiles:
     return ArtifactFiles.model_validate({"artifact": row.digest, "kind": row.kind, "data": row.files})
+
+
+class PermissionRequest(Strict):
+    """Projects that may read the model. They must belong to the model's organization."""
+
+    model_config = ConfigDict(json_schema_extra={"example": {"project_ids": ["proj-3f2b8c9d0a1e"]}})
+    project_ids: Annotated[list[ProjectName], Field(min_length=1, max_length=100, description="Project IDs or names.")]
+
+
+class PermissionObject(BaseModel):
+    """The permission of one project."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {
+                "object": "checkpoint.permission",
+                "id": "cp-0a1b2c3d4e5f60718293a4b5",
+                "created_at": 1790000300,
+                "project_id": "proj-3f2b8c9d0a1e4f5a6b7c8d9e",
+            }
+        }
+    )
+    object: Literal["checkpoint.permission"] = "checkpoint.permission"
+    id: ObjectId
+    created_at: CreatedAt
+    project_id: str = Field(description="Project that may read the model.")
+
+
+class PermissionDeleted(BaseModel):
+    """Confirmation that a permission is deleted."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "example": {"object": "checkpoint.permission", "id": "cp-0a1b2c3d4e5f60718293a4b5", "deleted": True}
+        }
+    )
+    object: Literal["checkpoint.permission"] = "checkpoint.permission"
+    id: ObjectId
+    deleted: Deleted = True
+
+
+def permission_object(row: ModelPermission) -> PermissionObject:
+    return PermissionObject(id=row.id, created_at=int(row.created_at), project_id=row.project_id)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from api.schemas import ObjectId
 from catalog.audit.chain import ChainCheck, Fault, content
 from catalog.audit.log import ActorType
-from catalog.tables.audit import AuditEvent
+from catalog.tables.tenancy import AuditEvent
 
 _EXAMPLE: dict[str, Any] = {
     "object": "audit_event",

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas import BaseName, JobId
 from catalog.fleet.views import WorkerView
-from catalog.spec.strict import Strict
+from catalog.spec.model_fields import Strict
 from catalog.tables.table import Json
 
 

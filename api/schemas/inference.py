@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from api.schemas import ObjectId
 from catalog.datasets.messages import ROLES
-from catalog.spec.strict import WITHOUT_NUL, Strict
+from catalog.spec.model_fields import WITHOUT_NUL, Strict
 
 MAX_CHOICES = 16
 MAX_STOPS = 4

@@ -13,12 +13,10 @@ from catalog.spec.data import DataOptions
 from catalog.spec.job import JobRequest, JobSpec, PlannedJob
 from catalog.spec.lora import LoraSpec
 from catalog.spec.methods import Hyperparameters, MethodType, method_object
-from catalog.spec.model_fields import resolved_schema
-from catalog.spec.strict import Strict
+from catalog.spec.model_fields import Strict, resolved_schema
 from catalog.spec.training import EarlyStopping, EvaluationSpec, OptimizerSpec, ScheduleSpec
 from catalog.states import JobState, PriorityClass
-from catalog.tables.jobs import Job
-from catalog.tables.sweeps import Trial
+from catalog.tables.jobs import Job, Trial
 
 JOB_EXAMPLE: dict[str, Any] = {
     "id": "ftjob-1c0ffee0a1b2c3d4e5f60718",

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas import CreatedAt, IsOperator, KeyName, ObjectId, ProjectId, changes_schema
 from catalog.revocation import Revocation
-from catalog.spec.strict import LAST_SECOND, WITHOUT_NUL, Strict
+from catalog.spec.model_fields import LAST_SECOND, WITHOUT_NUL, Strict
 from catalog.states import Priority, PriorityClass
 from catalog.tables.tenancy import ApiKey
 from catalog.tenancy.authentication import is_live

@@ -10,10 +10,10 @@ from api.schemas import Deleted
 from api.schemas.errors import StoredError
 from catalog.datasets.chat_templates import TEMPLATES
 from catalog.error_texts import ErrorText
-from catalog.inference.availability import InferenceState
+from catalog.inference.requests import InferenceState
 from catalog.registry import checkpoints
 from catalog.registry.base_models import SOURCE_PATTERN
-from catalog.spec.strict import LABEL_PATTERN, Strict
+from catalog.spec.model_fields import LABEL_PATTERN, Strict
 from catalog.tables.storage import Adapter, BaseModelRow
 
 

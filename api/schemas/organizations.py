@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas import CreatedAt, ObjectId
 from api.schemas.projects import OwnerName
-from catalog.spec.strict import Strict
+from catalog.spec.model_fields import Strict
 from catalog.tables.tenancy import Organization
 
 _EXAMPLE: dict[str, Any] = {

@@ -16,7 +16,7 @@ from catalog.spec.job import JobRequest, JobSpec
 from catalog.spec.lora import LoraSpec
 from catalog.spec.model_fields import resolved_schema
 from catalog.spec.training import EarlyStopping, EvaluationSpec, OptimizerSpec, ScheduleSpec
-from catalog.tables.plans import Plan
+from catalog.tables.jobs import Plan
 
 EXAMPLE: dict[str, Any] = {
     "id": "plan-5e1f0a9b8c7d6e5f4a3b2c1d",

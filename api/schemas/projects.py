@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas import CreatedAt, ObjectId, ProjectId, changes_schema
-from catalog.spec.strict import LABEL_PATTERN, WITHOUT_NUL, Strict
+from catalog.spec.model_fields import LABEL_PATTERN, WITHOUT_NUL, Strict
 from catalog.states import Priority, PriorityClass
 from catalog.tables.tenancy import Project
 from catalog.usage.quotas import Limit, QuotaStatus
@@ -163,14 +163,6 @@ class ProjectLimitsObject(BaseModel):
 
 
 def limits_object(row: Project, statuses: list[QuotaStatus]) -> ProjectLimitsObject:
-    objects = [
-        ProjectLimit(
-            name=one.name,
-            limit=one.limit,
-            used=one.used,
-            resets_at=None if one.resets_at is None else int(one.resets_at),
-        )
-        for one in statuses
-    ]
+    objects = [ProjectLimit(**status.values()) for status in statuses]
     highest = PriorityClass(row.highest_priority).name
     return ProjectLimitsObject(project_id=row.id, limits=objects, highest_priority=highest)

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas import Deleted, IsOperator, KeyName, ProjectDisplayName, ProjectId
 from catalog.settings import Settings
-from catalog.spec.strict import Strict
+from catalog.spec.model_fields import Strict
 from catalog.tenancy.authentication import Caller
 
 

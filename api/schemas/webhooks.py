@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from api.schemas import CreatedAt, ObjectId, UpdatedAt
 from api.schemas.keys import NAME
-from catalog.spec.strict import LAST_SECOND, Strict
+from catalog.spec.model_fields import LAST_SECOND, Strict
 from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint, WebhookTry
 from catalog.webhooks.delivery_log import Status
 from catalog.webhooks.outbox import EVENT_TYPES, EventType

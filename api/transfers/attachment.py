@@ -1,17 +1,19 @@
 """Sends downloads from the store as attachments, so that a browser never displays or executes them.
 
 A client that reads slowly or not at all occupies two chunks of READ_BYTES plus the buffers of its connection. The
-number of concurrent downloads is limited per key, per project and per process. `api.middleware.connections` ends
-connections that are too slow.
+number of concurrent downloads is limited per key, per project and per process. `api.server` ends connections that are
+too slow. The tar archive of an adapter is generated while it is sent. The same adapter yields the same bytes.
 """
 
 from __future__ import annotations
 
 import base64
+import tarfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from urllib.parse import quote
 
 import anyio
@@ -34,6 +36,8 @@ MAX_DOWNLOADS = 64
 READING_THREADS = 8
 BUSY_SECONDS = 5.0
 """Seconds after which a client should try again."""
+BLOCK_BYTES = 512
+END_BYTES = 2 * BLOCK_BYTES
 
 
 class Downloads:
@@ -139,3 +143,43 @@ def _too_many(owner: str, limit: int) -> RateLimited:
     if limit == 1:
         return RateLimited("one_download_at_once", owner=owner, retry_after_seconds=BUSY_SECONDS, headers={})
     return RateLimited("too_many_downloads", owner=owner, limit=limit, retry_after_seconds=BUSY_SECONDS, headers={})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ArchiveMember:
+    """A file of the archive. `read` is called when the member is sent."""
+
+    path: str
+    num_bytes: int
+    read: Callable[[], Iterator[bytes]]
+
+
+def inline(path: str, content: bytes) -> ArchiveMember:
+    return ArchiveMember(path=path, num_bytes=len(content), read=lambda: iter((content,)))
+
+
+def tar_chunks(members: list[ArchiveMember], *, modified_at: int) -> Iterator[bytes]:
+    """Yield header, content and padding of each file, then the end marker."""
+    for member in members:
+        yield _header(member, modified_at)
+        yield from member.read()
+        yield b"\0" * _padding(member)
+    yield b"\0" * END_BYTES
+
+
+def tar_size(members: list[ArchiveMember], *, modified_at: int) -> int:
+    """Return the size of the whole archive in bytes."""
+    sizes = [len(_header(member, modified_at)) + member.num_bytes + _padding(member) for member in members]
+    return sum(sizes) + END_BYTES
+
+
+def _padding(member: ArchiveMember) -> int:
+    return -member.num_bytes % BLOCK_BYTES
+
+
+def _header(member: ArchiveMember, modified_at: int) -> bytes:
+    info = tarfile.TarInfo(member.path)
+    info.size = member.num_bytes
+    info.mtime = modified_at
+    info.mode = 0o644
+    return info.tobuf(format=tarfile.PAX_FORMAT)

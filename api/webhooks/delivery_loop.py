@@ -17,7 +17,7 @@ from api.telemetry import Telemetry
 from api.webhooks.http_sender import WebhookSender
 from catalog.db.database import Database
 from catalog.pepper import Pepper
-from catalog.webhooks import delivery_queue, sealed_urls, signing
+from catalog.webhooks import delivery_queue, signing
 from catalog.webhooks.delivery_queue import DeliveryResult, Outgoing, Turn
 
 LOOK_SECONDS = 1.0
@@ -62,7 +62,7 @@ class WebhookDeliverer(TaskLoop[Turn]):
             lost = signing.SecretLost(outgoing.endpoint_id)
             return DeliveryResult(started_at=time.time(), seconds=0.0, error=lost.sentence())
         if outgoing.url is None:
-            lost = sealed_urls.UrlLost(outgoing.endpoint_id)
+            lost = signing.UrlLost(outgoing.endpoint_id)
             return DeliveryResult(started_at=time.time(), seconds=0.0, error=lost.sentence())
         headers = signing.headers(
             outgoing.body, message_id=outgoing.message_id, at=time.time(), signed_with=outgoing.signed_with

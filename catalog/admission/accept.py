@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, cast, get_args
+from typing import get_args
 
 from sqlalchemy.orm import Session
 
-from catalog.admission.serving_target import check_serving_target
+from catalog.admission.parent import base_name, complete_from_parent, parent_of, parent_spec
 from catalog.admission.target_layers import Targets
 from catalog.datasets.formats import PREFERENCE, UNPAIRED, DataKind, RowKind, row_kind
 from catalog.db.database import Database, get_once
@@ -18,17 +18,25 @@ from catalog.error_texts import ErrorText
 from catalog.errors import InvalidRequest, LorryError, NotFound
 from catalog.fleet import views
 from catalog.lifecycle import queue_position
-from catalog.registry import adapters, base_models
+from catalog.registry import base_models
 from catalog.resources import memory
 from catalog.resources.pack_key import pack_key
-from catalog.spec import evaluation_schedule
+from catalog.serving import endpoints, servability
 from catalog.spec.data import check_data
 from catalog.spec.integrations import install_hint
-from catalog.spec.job import FleetDefaults, JobRequest, JobSpec, ParentSpec, resolve
+from catalog.spec.job import (
+    FleetDefaults,
+    JobRequest,
+    JobSpec,
+    check_evaluated_in_time,
+    evaluations_too_late,
+    interval_exceeds,
+    most_steps,
+    resolve,
+)
 from catalog.spec.lora import LoraSpec, begins_with_the_base, resolve_lora
 from catalog.spec.methods import MethodType, compared_kind
 from catalog.spec.training import BASE_LEARNING_RATE
-from catalog.spec.validation_messages import value_text
 from catalog.states import PriorityClass
 from catalog.storage import files, token_cache
 from catalog.tables.jobs import Job
@@ -84,11 +92,8 @@ def accept(
 
     Raises InvalidRequest and NotFound.
     """
-    asked, parent = request, parent_of(session, request, project_id=caller.project_id)
-    base = _usable_base(session, caller, _base_name(request, parent))
-    if parent is not None:
-        check_parent_base(parent, base, param="model" if request.parent_adapter is None else "parent_adapter")
-        request = complete_from_parent(session, request, parent)
+    asked = request
+    request, base, parent = _begin_from(session, caller, request)
     training = _usable_file(session, caller, request.training_file, "training_file", now=now)
     validation = None
     if request.validation_file is not None:
@@ -112,8 +117,8 @@ def accept(
         fleet_defaults=fleet_defaults or views.fleet_defaults(session, now=now),
         parent=parent and parent_spec(parent),
     )
-    check_serving_target(session, request, spec, base)
-    evaluation_schedule.check_in_time(spec, evaluation_schedule.most_steps(spec, training.num_rows or 0))
+    _check_serving_target(session, request, spec, base)
+    check_evaluated_in_time(spec, most_steps(spec, training.num_rows or 0))
     cautions = tuple(find_cautions(request, spec, training, validation))
     return Accepted(request=asked, spec=spec, base=base, training=training, validation=validation, cautions=cautions)
 
@@ -127,20 +132,23 @@ def resolve_targets(db: Database, caller: Caller, requests: Iterable[JobRequest]
     with db.read() as session:
         for request in requests:
             with suppress(LorryError):
-                shapes.append(_shape(session, caller, request))
+                completed, base, _ = _begin_from(session, caller, request)
+                shapes.append((base, resolve_lora(completed.lora)))
     targets = Targets()
     for base, lora in shapes:
         targets.resolve(base, lora)
     return targets
 
 
-def _shape(session: Session, caller: Caller, request: JobRequest) -> tuple[BaseModelRow, LoraSpec]:
-    """Return the base model and the adapter shape that `accept` will resolve."""
+def _begin_from(
+    session: Session, caller: Caller, request: JobRequest
+) -> tuple[JobRequest, BaseModelRow, Adapter | None]:
+    """Return the request with what it inherits from a parent, the base model, and the parent."""
     parent = parent_of(session, request, project_id=caller.project_id)
-    base = _usable_base(session, caller, _base_name(request, parent))
+    base = _usable_base(session, caller, base_name(request, parent))
     if parent is not None:
-        request = complete_from_parent(session, request, parent)
-    return base, resolve_lora(request.lora)
+        request = complete_from_parent(session, request, parent, base)
+    return request, base, parent
 
 
 def job_row(accepted: Accepted, targets: Targets, *, project_id: str, created_by: str, now: float) -> Job:
@@ -193,14 +201,9 @@ def find_cautions(request: JobRequest, spec: JobSpec, training: File, validation
         )
     if request.max_length != "auto" and spec.max_length < request.max_length:
         yield ErrorText.of("max_length_lowered", requested=request.max_length, maximum=spec.max_length)
-    num_steps = evaluation_schedule.most_steps(spec, training.num_rows or 0)
-    if num_steps is not None and evaluation_schedule.interval_is_too_long(spec, num_steps):
-        yield evaluation_schedule.too_late(spec, num_steps)
-
-
-def _base_name(request: JobRequest, parent: Adapter | None) -> str:
-    is_base_named = not request.model.startswith(NAME_PREFIX)
-    return request.model if is_base_named or parent is None else parent.base_model
+    num_steps = most_steps(spec, training.num_rows or 0)
+    if num_steps is not None and interval_exceeds(spec, num_steps):
+        yield evaluations_too_late(spec, num_steps)
 
 
 def _usable_base(session: Session, caller: Caller, name: str) -> BaseModelRow:
@@ -383,103 +386,24 @@ def _check_held_out(request: JobRequest) -> None:
             raise InvalidRequest("validation_file_required", field=field, param=field)
 
 
-NAME_PREFIX = "ft:"
-"""Prefix of adapter names. Names of base models contain no colon."""
-OF_TRAINING = frozenset({"dropout"})
-"""Fields of `lora` that affect only training, not the shape or scale of the adapter."""
-
-
-def parent_of(session: Session, request: JobRequest, *, project_id: str) -> Adapter | None:
-    """Return the adapter that the request continues, from `parent_adapter` or `model`; None if there is none.
-
-    The adapter is locked against deletion until the job that refers to it exists. It may be a checkpoint, or shared by
-    another project. Raises NotFound, also for adapters that the project may not read; NoLongerKept for a checkpoint;
-    InvalidRequest if both fields name different adapters.
-    """
-    named = None
-    if request.model.startswith(NAME_PREFIX):
-        named = adapters.find(session, project_id, request.model, locked=True, param="model")
-    if request.parent_adapter is None:
-        return named
-    parent = adapters.find(session, project_id, request.parent_adapter, locked=True, param="parent_adapter")
-    if named is not None and named.id != parent.id:
-        raise InvalidRequest("two_parents", named=named.name, parent=parent.name, param="parent_adapter")
-    return parent
-
-
-def check_parent_base(parent: Adapter, base: BaseModelRow, *, param: str) -> None:
-    """Raise InvalidRequest if the digests differ. Two names with the same digest are the same base model.
-
-    param: the field that names the parent.
-    """
-    if parent.base_digest == base.digest:
+def _check_serving_target(session: Session, request: JobRequest, spec: JobSpec, base: BaseModelRow) -> None:
+    """Raises NotFound for an unknown endpoint, and InvalidRequest if it can't serve the adapter of the job."""
+    name = request.must_serve_on
+    if name is None:
         return
-    if parent.base_model != base.name:
-        raise InvalidRequest(
-            "parent_of_another_base", parent=parent.name, base_model=parent.base_model, base=base.name, param=param
-        )
-    raise InvalidRequest(
-        "parent_of_earlier_base",
-        parent=parent.name,
-        base=base.name,
-        base_digest=parent.base_digest,
-        digest=str(base.digest),
-        param=param,
-    )
-
-
-def parent_spec(parent: Adapter) -> ParentSpec:
-    return ParentSpec(adapter=parent.id, name=parent.name, artifact=parent.artifact, lineage=parent.lineage_id)
-
-
-def complete_from_parent(session: Session, request: JobRequest, parent: Adapter) -> JobRequest:
-    """Fill in the settings that the request inherits from the parent. Raises InvalidRequest for conflicting values."""
-    trained = JobSpec.model_validate(session.get_one(Job, parent.job_id).spec)
-    lora = exported_shape(trained.lora)
-    _check_lora(request, lora, parent)
-    if "quantization" in request.model_fields_set and request.quantization != trained.quantization:
-        raise _differs("quantization", request.quantization, trained.quantization, parent)
-    parent_lora = lora.model_dump(exclude=set(OF_TRAINING & request.lora.model_fields_set))
-    return request.model_copy(
-        update={"lora": request.lora.model_copy(update=parent_lora), "quantization": trained.quantization}
-    )
-
-
-def exported_shape(lora: LoraSpec) -> LoraSpec:
-    """Return the shape of the exported adapter.
-
-    An adapter that was initialized from the base model's weights (PiSSA, OLoRA) is exported as a plain adapter of twice
-    the rank.
-    """
-    if not lora.begins_with_the_base:
-        return lora.model_copy(update={"init_lora_weights": "default"})
-    times = math.sqrt(2) if lora.use_rslora else 2
-    return lora.model_copy(
-        update={
-            "rank": 2 * lora.rank,
-            "alpha": times * lora.alpha,
-            "rank_pattern": {key: 2 * rank for key, rank in lora.rank_pattern.items()},
-            "alpha_pattern": {key: times * alpha for key, alpha in lora.alpha_pattern.items()},
-            "init_lora_weights": "default",
-        }
-    )
-
-
-def _check_lora(request: JobRequest, parent_lora: LoraSpec, parent: Adapter) -> None:
-    asked = request.lora
-    for name in sorted(asked.model_fields_set - OF_TRAINING):
-        given = getattr(asked, name)
-        if given != "auto" and _plain(given) != _plain(getattr(parent_lora, name)):
-            raise _differs(f"lora.{name}", given, getattr(parent_lora, name), parent)
-
-
-def _differs(field: str, given: object, parent_value: object, parent: Adapter) -> InvalidRequest:
-    reason = f"parent adapter {parent.name!r} has {value_text(parent_value)}"
-    if field == "lora.init_lora_weights":
-        reason = f"the job starts from the weights of parent adapter {parent.name!r}"
-    return InvalidRequest("differs_from_parent", field=field, value_text=value_text(given), reason=reason, param=field)
-
-
-def _plain(value: Any) -> Any:
-    """Sort lists: the order of names and of block numbers has no meaning."""
-    return sorted(set(cast("list[Any]", value))) if isinstance(value, list) else value
+    max_rank = None
+    if name not in endpoints.ENGINES:
+        target = endpoints.find(session, name, param="must_serve_on")
+        if target.base_digest != base.digest:
+            raise InvalidRequest(
+                "endpoint_of_another_base",
+                name=name,
+                base_model=target.base_model,
+                base=base.name,
+                param="must_serve_on",
+            )
+        max_rank = target.max_rank
+    architecture = (base.description or {}).get("architecture")
+    reason = servability.why_not_vllm(spec, architecture=architecture, max_rank=max_rank)
+    if reason is not None:
+        raise InvalidRequest("adapter_not_servable_on", name=name, reason=reason, param="must_serve_on")

@@ -22,8 +22,8 @@ from sqlalchemy.orm import Session
 from catalog.audit import derived_keys
 from catalog.audit.derived_keys import ChainKey
 from catalog.db.database import Database, serialize
-from catalog.tables.audit import AuditEvent, AuditHead, RetiredKey
 from catalog.tables.table import Json
+from catalog.tables.tenancy import AuditEvent, AuditHead, RetiredKey
 
 GENESIS = "0" * 64
 """The previous digest of the first event."""

@@ -1,7 +1,7 @@
 """Keys derived from the current pepper and from replaced ones, so that old seals and signatures stay verifiable.
 
 A row of `retired_keys` holds the audit chain's key and the public lineage key of one replaced pepper, and the end of
-the chain at the time of replacement. The row is encrypted under the current pepper (catalog/sealing.py): access to the
+the chain at the time of replacement. The row is encrypted under the current pepper (catalog/pepper.py): access to the
 database alone is not enough to read or add a key. A retired chain key is accepted only up to that end, so its holder
 can't forge later events. Forged earlier events would lead to a different end.
 """
@@ -19,13 +19,12 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from catalog import sealing
 from catalog.audit import lineage_signatures
 from catalog.db.database import Database, read_clock, serialize
 from catalog.errors import Conflict
-from catalog.pepper import Pepper
-from catalog.tables.audit import AuditHead, RetiredKey
+from catalog.pepper import Pepper, seal, unseal
 from catalog.tables.table import Json
+from catalog.tables.tenancy import AuditHead, RetiredKey
 
 CHAIN = "audit chain"
 """Name of the lock that every writer of the chain takes."""
@@ -175,12 +174,12 @@ def _sealed(ident: str, retired: Retired, pepper: bytes) -> str:
         "public_key": retired.public_key,
         "retired_at": retired.retired_at,
     }
-    return sealing.seal(json.dumps(content), purpose=ROW_PURPOSE, row_id=ident, pepper=pepper)
+    return seal(json.dumps(content), purpose=ROW_PURPOSE, row_id=ident, pepper=pepper)
 
 
 def _opened(ident: str, sealed: str, pepper: bytes) -> Retired | None:
     """Decrypt a row; None if it was not encrypted under this pepper."""
-    opened = sealing.unseal(sealed, purpose=ROW_PURPOSE, row_id=ident, peppers=[pepper])
+    opened = unseal(sealed, purpose=ROW_PURPOSE, row_id=ident, peppers=[pepper])
     if opened is None:
         return None
     try:  # the content is untrusted: a holder of a replaced pepper may have written it

@@ -18,8 +18,8 @@ from sqlalchemy.orm import Session
 from catalog.caller import Caller
 from catalog.db.database import Database
 from catalog.db.pagination import Page, paginate
-from catalog.tables.audit import AuditEvent
 from catalog.tables.table import Json, new_id
+from catalog.tables.tenancy import AuditEvent
 
 AuditType = Literal[
     "api_key.created",

@@ -14,7 +14,7 @@ from catalog.db.database import Database, read_clock, serialize
 from catalog.db.pagination import Page, paginate
 from catalog.errors import Conflict, InvalidRequest, NotFound, RateLimited
 from catalog.storage import files
-from catalog.tables.batches import Batch
+from catalog.tables.serving import Batch
 from catalog.tables.storage import File
 from catalog.tables.table import new_id
 from catalog.tasks import task_queue

@@ -16,7 +16,7 @@ from catalog.db.database import Database, read_clock
 from catalog.errors import StaleClaim
 from catalog.storage.files import BATCH_OUTPUT
 from catalog.storage.store import Blob
-from catalog.tables.batches import Batch, BatchLine
+from catalog.tables.serving import Batch, BatchLine
 from catalog.tables.storage import File
 from catalog.tables.table import Json, new_id
 from catalog.tasks import task_queue

@@ -21,7 +21,7 @@ from catalog.datasets import validator
 from catalog.datasets.validator import DatasetCheck
 from catalog.error_texts import ErrorText
 from catalog.errors import InvalidRequest, Unavailable
-from catalog.process_exit import how_it_exited, is_killed
+from catalog.processes import how_it_exited, is_killed
 
 POLL_SECONDS = 0.1
 """Interval at which the parent checks whether the result is still needed."""

@@ -1,11 +1,18 @@
-"""The formats of exports, and which models each can contain. Pure."""
+"""The formats of exports, which models each can contain, and the Hub repositories to which they may be uploaded. Pure.
+
+Workers upload with their own token, which may write to repositories of other projects. The operator therefore lists the
+allowed repositories in LORRY_HUB_REPOSITORIES. The API server checks the list when an export is created, and the worker
+checks its own list before it uploads.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
-from catalog.errors import InvalidRequest
+from catalog.errors import Forbidden, InvalidRequest
 
 Format = Literal["adapter", "merged", "gguf", "gguf-lora"]
 Quantization = Literal["f16", "q8_0"]
@@ -120,4 +127,17 @@ def needs(format: str, quantization: str | None, *, description: dict[str, Any],
         scratch_bytes=stored_bytes + (4 * values if format == "gguf" else 0),
         stored_bytes=stored_bytes,
         memory_bytes=PROCESS_BYTES + COPIES * bytes_of_value * values,
+    )
+
+
+def check_hub_repository(repository: str, allowed: Collection[str]) -> None:
+    """Raises Forbidden if no pattern of `allowed`, such as `my-org/*`, matches the repository (ORG/NAME)."""
+    if any(fnmatchcase(repository, pattern) for pattern in allowed):
+        return
+    organization = repository.partition("/")[0]
+    raise Forbidden(
+        "hub_repository_not_allowed" if allowed else "no_hub_repository_allowed",
+        repository=repository,
+        organization=organization,
+        param="hub_repository",
     )

@@ -16,7 +16,7 @@ from catalog.fleet import views
 from catalog.inference.requests import Model, NoWorker
 from catalog.resources.pack_key import quantization_of
 from catalog.tables.fleet import Trainer, Worker, is_live
-from catalog.tables.inference import WantedBase
+from catalog.tables.serving import WantedBase
 from catalog.tables.table import Json
 from catalog.tables.tasks import Task
 from catalog.tasks import task_queue

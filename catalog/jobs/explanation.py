@@ -9,8 +9,8 @@ from sqlalchemy.orm import Session
 
 from catalog.admission.accept import INSTALL_QUANT
 from catalog.db.database import Database, read_clock
-from catalog.fleet import availability, placement, views
 from catalog.fleet import gangs as gang_views
+from catalog.fleet import placement, views
 from catalog.fleet.views import LoadedTrainer
 from catalog.history.queries import find
 from catalog.lifecycle import deadlines
@@ -87,7 +87,7 @@ def _validating(session: Session, job: Job, *, now: float, policy: Policy) -> tu
         "worker_id": job.worker_id,
         "run_after": job.run_after,
         "live_workers": len(residents),
-        "closed_workers": availability.facts(residents),
+        "closed_workers": placement.closed_workers(residents),
     }
     task = session.get_one(Task, (TaskKind.PREPARATION, job.id))
     if task.claim_id is not None:
@@ -103,7 +103,7 @@ def _validating(session: Session, job: Job, *, now: float, policy: Policy) -> tu
     facts["is_shared_with_other_projects"] = session.scalar(others) is not None
     if not facts["live_workers"]:
         return NO_WORKER, facts
-    if (closed := availability.why_all_closed(residents)) is not None:
+    if (closed := placement.why_all_closed(residents)) is not None:
         return f"Its files wait for tokenization. {closed}", facts
     text = f"Its files wait for tokenization. {_jobs(facts['ahead'])} ahead of it in its project."
     others = " Files of other projects are tokenized in between." if facts["is_shared_with_other_projects"] else ""
@@ -112,14 +112,14 @@ def _validating(session: Session, job: Job, *, now: float, policy: Policy) -> tu
 
 def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all: bool) -> tuple[str, Json]:
     live = views.residents(session, now=now)
-    accepting, gangs = availability.accepting(live), gang_views.gang_views(session, now=now)
+    accepting, gangs = placement.accepting(live), gang_views.gang_views(session, now=now)
     lenders = gang_views.lending_workers(gangs)
     residents = [resident for resident in accepting if resident.worker_id not in lenders]
     facts: Json = {
         "run_after": job.run_after,
         "counted_attempts": job.counted_attempts,
         "live_workers": len(live),
-        "closed_workers": availability.facts(live),
+        "closed_workers": placement.closed_workers(live),
         "gangs": gang_views.gang_view_facts(gangs),
         "resident_bases": sorted({resident.base_digest for resident in residents if resident.base_digest}),
         "resident_precisions": _precisions(residents, job.base_digest),
@@ -148,7 +148,7 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all:
     if not facts["live_workers"]:
         return NO_WORKER, facts
     hindrance = (
-        availability.why_all_closed(live)
+        placement.why_all_closed(live)
         or _unquantized(session, job, now=now)
         or _too_large(session, job, own_entry, now=now)
         or gang_views.why_all_wait(gangs, [one.worker_id for one in accepting])
@@ -159,7 +159,7 @@ def _queued(session: Session, job: Job, *, now: float, policy: Policy, sees_all:
         _preempted_sentence(facts["preemption"]),
         _queue_sentence(job, own_entry, ahead, residents),
         _free_memory_sentence(session, own_entry, residents),
-        availability.why_base_closed(live, job.base_digest),
+        placement.why_base_closed(live, job.base_digest),
         _preempting_sentence(own_entry),
         deadlines.sentence(job, now),
         ordering.share_sentence(share),
@@ -174,7 +174,7 @@ def _blocked(session: Session, job: Job, *, now: float) -> tuple[str, Json] | No
     if job.run_after is not None and job.run_after > now:
         return f"Retrying in {job.run_after - now:.0f} s after a failed attempt ({job.reason}).", {}
     reached = quotas.holds(session, now=now, project_ids=[job.project_id]).get(job.project_id)
-    return None if reached is None else (_limited(reached), {"quota": asdict(reached)})
+    return None if reached is None else (_limited(reached), {"quota": reached.values()})
 
 
 def _last_preemption(session: Session, job: Job) -> Json:
@@ -354,7 +354,7 @@ def _running(session: Session, job: Job, *, now: float) -> tuple[str, Json]:
     if job.preempted_for is not None:
         preempted = f"An urgent job is preempting it. Worker {job.worker_id} was asked to save a checkpoint first."
         return f"{preempted} It then returns to its position in the queue.", facts
-    around = availability.around(session.get(Worker, job.worker_id) if job.worker_id else None)
+    around = placement.drain_or_cordon(session.get(Worker, job.worker_id) if job.worker_id else None)
     begun = f"It is training on worker {job.worker_id}, attempt {job.attempt}."
     if job.started_at is None:
         begun = f"It is starting on worker {job.worker_id}, attempt {job.attempt}. The base model is being loaded."

@@ -15,8 +15,8 @@ from catalog.history import events
 from catalog.lifecycle import queue_position
 from catalog.lifecycle.transitions import move
 from catalog.resources import requirements
-from catalog.spec import evaluation_schedule, job_warnings
-from catalog.spec.job import JobSpec
+from catalog.spec import job_warnings
+from catalog.spec.job import JobSpec, evaluations_too_late, interval_exceeds, is_decided_by_evaluations
 from catalog.states import EndReason, Verb
 from catalog.tables.jobs import Job
 from catalog.tables.storage import BaseModelRow, File, Prepared
@@ -76,11 +76,9 @@ def finish(db: Database, task: TaskClaim, *, num_steps: int, longest_example: in
         queue_position.settle(session, job)
         move(session, job, Verb.PREPARED, now=now, message="Files validated, moving job to queued state")
         spec = JobSpec.model_validate(job.spec)
-        if evaluation_schedule.decide(spec) and evaluation_schedule.interval_is_too_long(spec, num_steps):
+        if is_decided_by_evaluations(spec) and interval_exceeds(spec, num_steps):
             # Fewer rows are usable than estimated at submission, which would have rejected the job otherwise.
-            events.add(
-                session, job.id, now=now, level="warn", message=evaluation_schedule.too_late(spec, num_steps).message
-            )
+            events.add(session, job.id, now=now, level="warn", message=evaluations_too_late(spec, num_steps).message)
         cache = session.get(Prepared, job.train_prepared)
         usable_rows = cache.report.get("usable_rows") if cache else None
         if (few := job_warnings.few_steps(spec, num_steps, usable_rows=usable_rows)) is not None:

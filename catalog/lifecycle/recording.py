@@ -1,4 +1,9 @@
-"""Records the events, curve points, progress and checkpoints of a running job. Each write is fenced by its claim."""
+"""Records the events, curve points, progress and checkpoints of a running job, fenced by its claim.
+
+Each write of a worker first locks the job row of its claim, and fails if the claim is no longer valid. Transactions
+that lock several rows take them in one order, to prevent deadlocks: the database heartbeat or a worker, jobs by id, a
+job's attempt, an artifact, and then the rows that refer to the artifact.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +15,13 @@ from sqlalchemy import Select, func, select
 from sqlalchemy.orm import Session
 
 from catalog.db.database import Database, read_clock
+from catalog.errors import StaleClaim
 from catalog.history import events, metric_store
 from catalog.history.metric_points import Point
 from catalog.lifecycle import trials
-from catalog.lifecycle.fencing import hold
 from catalog.registry import checkpoints
-from catalog.storage import artifact_index
-from catalog.storage.manifest import Manifest
+from catalog.states import JobState
+from catalog.storage.manifest import Manifest, hide_unused, show_artifact
 from catalog.tables.history import Checkpoint, JobEvent
 from catalog.tables.jobs import Job
 from catalog.tables.table import Json, new_id
@@ -26,6 +31,15 @@ KEPT_CHECKPOINTS = 2
 EVALUATED = ("valid_loss", "best_valid_loss")
 """Fields of a job's progress that come from evaluations on its validation file."""
 _OPTIONAL = ("token_accuracy", "learning_rate", "grad_norm")
+
+
+def hold(session: Session, claim_id: str) -> Job:
+    """Return the job that `claim_id` holds, locked until the transaction ends. Raises StaleClaim."""
+    row = select(Job).where(Job.claim_id == claim_id, Job.state == JobState.RUNNING)
+    job = session.scalar(row.with_for_update(of=Job))
+    if job is None:
+        raise StaleClaim(claim_id)
+    return job
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,7 +139,7 @@ def distrust_checkpoint(db: Database, claim_id: str, *, checkpoint_id: str, prob
         checkpoints.assign(session, checkpoint, "artifact", None, now=now)
         for unused in (digest, checkpoints.remove_model(session, checkpoint)):
             if unused is not None:
-                artifact_index.hide_unused(session, unused)
+                hide_unused(session, unused)
         message = f"The checkpoint of step {checkpoint.step} can't be used: {problem}"
         events.add(session, job.id, now=now, level="warn", message=message)
 
@@ -221,7 +235,7 @@ def _put_checkpoint(session: Session, job: Job, *, step: int, artifact: Manifest
         name = checkpoints.new_name(session, job, step=step)
         checkpoint = Checkpoint(id=new_id("ftckpt"), job_id=job.id, step=step, created_at=now, name=name)
         session.add(checkpoint)
-    checkpoints.assign(session, checkpoint, "artifact", artifact_index.show(session, artifact, now=now), now=now)
+    checkpoints.assign(session, checkpoint, "artifact", show_artifact(session, artifact, now=now), now=now)
     session.flush()
     return checkpoint
 
@@ -232,7 +246,7 @@ def _of_step(job: Job, step: int) -> Select[Checkpoint]:
 
 
 def _put_model(session: Session, checkpoint: Checkpoint, exported: Exported, *, now: float) -> None:
-    digest = artifact_index.show(session, exported.artifact, now=now)
+    digest = show_artifact(session, exported.artifact, now=now)
     checkpoints.assign(session, checkpoint, "adapter", digest, now=now)
     checkpoint.lineage, checkpoint.lineage_id = exported.lineage, exported.lineage_id
     session.flush()
@@ -245,4 +259,4 @@ def _drop_older(session: Session, job: Job, *, now: float) -> list[str]:
         checkpoints.assign(session, checkpoint, "artifact", None, now=now)
         if (adapter := checkpoints.remove_model(session, checkpoint)) is not None:
             digests.add(adapter)
-    return [digest for digest in sorted(digests) if artifact_index.hide_unused(session, digest)]
+    return [digest for digest in sorted(digests) if hide_unused(session, digest)]

@@ -16,8 +16,7 @@ from sqlalchemy.orm import Session
 from catalog.db.database import get_once
 from catalog.spec.sweep import Objective
 from catalog.states import FINAL_STATES, EndReason, JobState
-from catalog.tables.jobs import Job
-from catalog.tables.sweeps import Sweep, Trial
+from catalog.tables.jobs import Job, Sweep, Trial
 
 RECENT_STEPS = 10
 """Steps over which a training metric is averaged, because a single batch may be unusually hard."""

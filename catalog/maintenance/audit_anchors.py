@@ -21,8 +21,8 @@ from catalog.audit.chain import ChainCheck, Misfit
 from catalog.audit.derived_keys import ChainKey
 from catalog.db.database import Database, read_clock
 from catalog.storage.object_storage import NoSuchObject, Objects
-from catalog.tables.audit import AuditEvent
 from catalog.tables.table import Json
+from catalog.tables.tenancy import AuditEvent
 
 PREFIX = "audit/anchors"
 SUPERSEDED_PREFIX = "audit/superseded"

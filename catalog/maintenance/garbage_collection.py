@@ -12,13 +12,13 @@ from catalog.batches import execution
 from catalog.db.database import Database, read_clock, serialize, skip_locked
 from catalog.history import job_logs
 from catalog.registry import checkpoints
-from catalog.storage import artifact_index, files, multipart_uploads, token_cache
+from catalog.storage import files, multipart_uploads, token_cache
+from catalog.storage.manifest import hide_unused, unused_artifacts
 from catalog.storage.store import GRACE_SECONDS, ArtifactStore
 from catalog.tables.history import Checkpoint, JobOutput
-from catalog.tables.jobs import Job
-from catalog.tables.plans import FileOverlap, Plan
+from catalog.tables.jobs import FileOverlap, Job, Plan
 from catalog.tables.storage import Artifact, File, Prepared, UploadPart
-from catalog.usage import ledger, stored_bytes
+from catalog.usage import ledger
 
 EXPIRED_AT_ONCE = 10_000
 """Maximum number of expired files that one run deletes. The next run deletes the rest, which are already hidden."""
@@ -29,7 +29,7 @@ CHECKPOINT_SECONDS = 7 * 24 * 3600.0
 def clean(db: Database, store: ArtifactStore, *, grace_seconds: float = GRACE_SECONDS) -> int:
     """Delete unreferenced blobs and manifests. Returns their number. Raises Unavailable, OutOfSpace."""
     drop_references(db)
-    stored_bytes.reconcile(db)
+    ledger.reconcile(db)
     return store.delete_unreferenced(live_digests(db), grace_seconds=grace_seconds)
 
 
@@ -55,10 +55,10 @@ def drop_references(db: Database) -> None:
     while execution.delete_results(db):
         pass
     with db.read() as session:
-        unused = artifact_index.unused(session)
+        unused = unused_artifacts(session)
     for digest in unused:
         with db.write() as session:
-            artifact_index.hide_unused(session, digest)
+            hide_unused(session, digest)
 
 
 def live_digests(db: Database) -> set[str]:

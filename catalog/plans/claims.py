@@ -12,7 +12,7 @@ from catalog.lifecycle.preparation import FilesToPrepare, lost
 from catalog.plans import plans
 from catalog.settings import Settings
 from catalog.spec.job import JobSpec
-from catalog.tables.plans import FileOverlap, Plan
+from catalog.tables.jobs import FileOverlap, Plan
 from catalog.tables.storage import BaseModelRow, File
 from catalog.tables.table import Json
 from catalog.tasks import task_queue

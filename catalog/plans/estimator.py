@@ -19,11 +19,10 @@ from catalog.fleet import gangs, views
 from catalog.plans import duration
 from catalog.plans.duration import ExpectedStart, Measured, Occupied, Overheads, Runner
 from catalog.queue import charging, listing
-from catalog.resources import gpus, requirements, sharding
-from catalog.resources.gpus import MemoryBreakdown
+from catalog.resources import requirements, sharding
 from catalog.resources.memory import JOB_TOKENS
 from catalog.resources.pack_key import quantization_of
-from catalog.resources.sharding import NEVER, Demand, DeviceGroup
+from catalog.resources.sharding import NEVER, Demand, DeviceGroup, MemoryBreakdown
 from catalog.resources.throughput import Speeds
 from catalog.scheduling.ordering import order
 from catalog.scheduling.snapshot import Candidate, Policy, Share
@@ -69,7 +68,7 @@ class _Sizes:
     """Reason why the base model can't be sharded for the job, or None."""
 
     def total(self, kind: str) -> int:
-        return gpus.total(self.parts[kind], kind=kind)
+        return sharding.total(self.parts[kind], kind=kind)
 
     def demand(self, kind: str) -> Demand:
         return Demand(
@@ -175,7 +174,7 @@ def _memory(sizes: _Sizes, kind: str) -> Json:
     parts = _listed(sizes.parts[kind])
     if kind == "cuda":
         description = "CUDA context (approximate)"
-        parts.append({"part": "cuda", "bytes": gpus.CUDA_BYTES, "description": description})
+        parts.append({"part": "cuda", "bytes": sharding.CUDA_BYTES, "description": description})
     one = {"num_devices": 1, "strategy": "replicated"}
     return {"kind": kind, **one, "total_bytes": sizes.total(kind), "parts": parts}
 
@@ -202,7 +201,7 @@ def _memory_of_groups(sizes: _Sizes, groups: Mapping[str, DeviceGroup]) -> list[
 def _listed(parts: dict[str, int]) -> list[Json]:
     return [
         {"part": name, "bytes": num_bytes, "description": description}
-        for name, num_bytes, description in gpus.listed(parts)
+        for name, num_bytes, description in sharding.listed(parts)
     ]
 
 
@@ -227,7 +226,7 @@ def _groups(session: Session, live: Sequence[Worker], *, now: float) -> dict[str
 def _fitting(live: Sequence[Worker], groups: Mapping[str, DeviceGroup], sizes: _Sizes) -> list[Worker]:
     """The workers that can train the job, smallest first."""
     held = {row.id: row for row in live}
-    fit = gpus.that_fit([_breakdown(row, groups[row.id], sizes) for row in live])
+    fit = sharding.that_fit([_breakdown(row, groups[row.id], sizes) for row in live])
     return [held[device.worker_id] for device in fit]
 
 
@@ -264,7 +263,7 @@ def _fits_nowhere(groups: Mapping[str, DeviceGroup], sizes: _Sizes, spec: JobSpe
 
 
 def _devices(sizes: _Sizes, groups: Mapping[str, DeviceGroup], fitting: Sequence[Worker]) -> Json:
-    card = gpus.smallest_card(sizes.total("cuda"))
+    card = sharding.smallest_card(sizes.total("cuda"))
     of_several = [fit for fit in sharding.would_fit(sizes.demand("cuda")) if fit.num_devices > 1]
     return {
         "smallest_gpu": asdict(card) if card else None,

@@ -15,7 +15,7 @@ from catalog.plans import plans
 from catalog.spec.job import FleetDefaults, JobRequest, JobSpec, PlannedJob
 from catalog.spec.model_fields import value_at
 from catalog.spec.validation_messages import value_text
-from catalog.tables.plans import Plan
+from catalog.tables.jobs import Plan
 from catalog.tenancy.authentication import Caller
 
 WHOLE = frozenset({"metadata", "lora.rank_pattern", "lora.alpha_pattern", "evaluation.samples"})

@@ -22,7 +22,7 @@ from catalog.plans.estimator import TokenizedData, estimate_plan
 from catalog.settings import Settings
 from catalog.spec.job import JobRequest, JobSpec
 from catalog.storage import quota, token_cache
-from catalog.tables.plans import FileOverlap, Plan
+from catalog.tables.jobs import FileOverlap, Plan
 from catalog.tables.storage import BaseModelRow, File, Prepared
 from catalog.tables.table import Json, new_id
 from catalog.tasks import task_queue

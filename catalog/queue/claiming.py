@@ -25,9 +25,8 @@ from catalog.lifecycle.recording import resumable
 from catalog.lifecycle.transitions import move
 from catalog.queue import charging
 from catalog.queue.snapshot_reader import snapshot_of, with_packmates
-from catalog.scheduling.fallbacks import MAX_FALLBACKS, snapshot_without
 from catalog.scheduling.packing import Choice
-from catalog.scheduling.scheduler import Decision, Wait, decide
+from catalog.scheduling.scheduler import MAX_FALLBACKS, Decision, Wait, decide, snapshot_without
 from catalog.scheduling.snapshot import USUAL, Capacity, Policy, QueueSnapshot
 from catalog.states import JobState, Verb
 from catalog.tables.fleet import Worker

@@ -20,11 +20,11 @@ from catalog.errors import LorryError
 from catalog.fleet import cordons
 from catalog.history import events, result_files
 from catalog.lifecycle import recovery, trials
-from catalog.lifecycle.fencing import hold
 from catalog.lifecycle.outcomes import close_attempt, end_attempt
 from catalog.lifecycle.recording import (
     Course,
     held_out_point,
+    hold,
     record_course,
 )
 from catalog.lifecycle.transitions import move
@@ -32,8 +32,7 @@ from catalog.queue import charging, preemption
 from catalog.registry import lineage_comparison
 from catalog.scheduling.snapshot import USUAL, Policy
 from catalog.states import ENDINGS, EndReason, JobState, Verb
-from catalog.storage import artifact_index
-from catalog.storage.manifest import Manifest
+from catalog.storage.manifest import Manifest, show_artifact
 from catalog.storage.store import Blob
 from catalog.tables.fleet import Worker
 from catalog.tables.history import Attempt
@@ -163,7 +162,7 @@ def complete(
             project_id=job.project_id,
             base_model=job.base_model,
             base_digest=job.base_digest,
-            artifact=artifact_index.show(session, artifact, now=now),
+            artifact=show_artifact(session, artifact, now=now),
             num_parameters=num_parameters,
             verification=verification,
             evaluation=evaluation,

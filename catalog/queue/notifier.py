@@ -1,4 +1,4 @@
-"""Notifies idle workers of new work, so that they need not wait for their next poll. Delivery is not guaranteed.
+"""Finds waiting work, and notifies idle workers of it, so that they need not wait for their next poll.
 
 A notification names no job: a lost one costs seconds, and a duplicate costs nothing. Sending never blocks or fails,
 whatever the broker does: a background thread sends, and merges pending notifications into one. While work waits, the
@@ -13,7 +13,14 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from sqlalchemy import or_, select
+
+from catalog.db.database import Database, read_clock
 from catalog.settings import Settings
+from catalog.states import JobState
+from catalog.tables.jobs import Job
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import TaskKind
 
 QUEUE = "lorry"
 TASK = "lorry.work"
@@ -37,6 +44,7 @@ CLOSE_SECONDS = 3.0
 """How long a process that exits waits for its last notification to be sent."""
 
 log = logging.getLogger("lorry.notifier")
+WORKER_TASKS = (TaskKind.IMPORT, TaskKind.PLAN, TaskKind.PREPARATION, TaskKind.EXPORT, TaskKind.LOAD)
 
 
 class Notifier(Protocol):
@@ -161,3 +169,13 @@ def _sender(redis_url: str) -> Any:
         broker_transport_options={**TRANSPORT_OPTIONS, "max_retries": 1},
     )
     return app
+
+
+def has_work(db: Database) -> bool:
+    """Whether there is work that an idle worker could start now."""
+    with db.read() as session:
+        now = read_clock(session)
+        is_due = or_(Job.run_after.is_(None), Job.run_after <= now)
+        jobs = select(Job.id).where(Job.state == JobState.QUEUED, ~Job.is_held, is_due).limit(1)
+        tasks = task_queue.due(WORKER_TASKS, now=now).limit(1)
+        return any(session.scalar(some) is not None for some in (jobs, tasks))

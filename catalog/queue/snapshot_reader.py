@@ -18,9 +18,8 @@ from catalog.lifecycle import candidates
 from catalog.lifecycle.candidates import CandidateFilter
 from catalog.queue import charging
 from catalog.resources.sharding import ShardingStrategy
-from catalog.scheduling.fallbacks import MAX_FALLBACKS
 from catalog.scheduling.packing import spare_bytes
-from catalog.scheduling.scheduler import decide
+from catalog.scheduling.scheduler import MAX_FALLBACKS, decide
 from catalog.scheduling.snapshot import Candidate, Capacity, Policy, QueueSnapshot
 from catalog.spec.job import Quantization
 from catalog.states import is_suspect

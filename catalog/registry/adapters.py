@@ -16,13 +16,14 @@ from catalog.audit import log
 from catalog.db.database import Database, read_clock
 from catalog.db.pagination import Page, paginate
 from catalog.errors import NoLongerKept, NotFound
-from catalog.registry import checkpoints, export_rows, permissions
+from catalog.registry import checkpoints, permissions
 from catalog.tables.history import Checkpoint
-from catalog.tables.jobs import Job
-from catalog.tables.storage import Adapter, Artifact, BaseModelRow
-from catalog.tables.sweeps import Sweep
+from catalog.tables.jobs import Job, Sweep
+from catalog.tables.storage import Adapter, AdapterExport, Artifact, BaseModelRow
 from catalog.tables.table import Json
 from catalog.tables.tenancy import ModelPermission
+from catalog.tasks import task_queue
+from catalog.tasks.task_queue import TaskKind
 from catalog.usage import ledger
 
 MAX_MODELS = 1000
@@ -123,7 +124,7 @@ def delete(
         if children := checkpoints.unfinished_children(session, adapter.id, project_id):
             raise checkpoints.in_use("adapter", adapter.name, children, project_id, param=param)
         adapter.deleted_at = now = read_clock(session)
-        export_rows.remove_all(session, adapter.id, now=now)
+        remove_exports(session, adapter.id, now=now)
         ledger.count(session, "adapters", number=-1)
         ledger.store(session, adapter.project_id, -session.get_one(Artifact, adapter.artifact).num_bytes, now=now)
         return _note_deleted(session, adapter)
@@ -241,7 +242,7 @@ def _delete_checkpoint(session: Session, project_id: str, name: str, *, is_clien
             return Adapter(id=checkpoint.id, name=checkpoint.name)
         raise NoLongerKept("checkpoint_expired", name=name, param=param) from error
     checkpoints.delete(session, checkpoint, param=param)
-    export_rows.remove_all(session, checkpoint.id, now=read_clock(session))
+    remove_exports(session, checkpoint.id, now=read_clock(session))
     return _note_deleted(session, adapter)
 
 
@@ -259,5 +260,26 @@ def _view(session: Session, adapter: Adapter) -> AdapterView:
         adapter=adapter,
         artifact=session.get_one(Artifact, adapter.artifact),
         rank=lora.get("rank"),
-        cost=export_rows.newest_cost(session, adapter),
+        cost=newest_export_cost(session, adapter),
     )
+
+
+def newest_export_cost(session: Session, adapter: Adapter) -> Json | None:
+    """Return the cost that the newest measured export of the adapter's project has."""
+    own = (AdapterExport.adapter_id == adapter.id, AdapterExport.project_id == adapter.project_id)
+    measured = select(AdapterExport.cost).where(*own, AdapterExport.cost.is_not(None))
+    return session.scalar(measured.order_by(AdapterExport.created_at.desc(), AdapterExport.id).limit(1))
+
+
+def remove_exports(session: Session, adapter_id: str, *, now: float) -> None:
+    """Delete the exports of an adapter or checkpoint, in all projects. Workers stop the unfinished ones."""
+    of_adapter = select(AdapterExport).where(AdapterExport.adapter_id == adapter_id).with_for_update()
+    for row in session.scalars(of_adapter.order_by(AdapterExport.id)).all():
+        remove_export(session, row, now=now)
+
+
+def remove_export(session: Session, row: AdapterExport, *, now: float) -> None:
+    """Delete a row, which the caller has locked. Garbage collection deletes the files."""
+    ledger.store(session, row.project_id, -row.num_bytes, now=now)
+    task_queue.remove(session, TaskKind.EXPORT, row.id)
+    session.delete(row)

@@ -16,11 +16,10 @@ from catalog.datasets.chat_templates import TEMPLATES
 from catalog.db.database import Database, get_once, read_clock, serialize
 from catalog.error_texts import ErrorText
 from catalog.errors import Conflict, InvalidRequest, NotFound
-from catalog.spec.strict import LABEL, label_fault
+from catalog.spec.model_fields import LABEL, label_fault
 from catalog.states import UNFINISHED_STATES
-from catalog.tables.exports import UNFINISHED_EXPORTS, AdapterExport
 from catalog.tables.jobs import Job
-from catalog.tables.storage import BaseModelRow
+from catalog.tables.storage import UNFINISHED_EXPORTS, AdapterExport, BaseModelRow
 from catalog.tables.table import Json
 from catalog.tables.tasks import Task
 from catalog.tables.tenancy import Project

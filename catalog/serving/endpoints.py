@@ -9,15 +9,14 @@ from typing import Literal, get_args
 from sqlalchemy import or_, select, update
 from sqlalchemy.orm import Session
 
-from catalog import sealing
 from catalog.audit import log
 from catalog.audit.log import AuditType
 from catalog.db.database import Database, read_clock, serialize
 from catalog.errors import Conflict, InvalidRequest, NotFound
-from catalog.pepper import Pepper
+from catalog.pepper import Pepper, resealed, seal, unseal
 from catalog.registry import base_models
 from catalog.serving import servability
-from catalog.spec.strict import LABEL, label_fault
+from catalog.spec.model_fields import LABEL, label_fault
 from catalog.tables.serving import Deployment, ServingEndpoint
 from catalog.tables.table import Json, new_id
 from catalog.tasks import task_queue
@@ -91,7 +90,7 @@ def register(
             created_at=now,
         )
         if new.api_key is not None:
-            row.sealed_key = sealing.seal(new.api_key, purpose=PURPOSE, row_id=row.id, pepper=pepper.current)
+            row.sealed_key = seal(new.api_key, purpose=PURPOSE, row_id=row.id, pepper=pepper.current)
         session.add(row)
         task_queue.add(session, TaskKind.ENDPOINT, row.id, project_id=None, run_after=now)
         _note(session, row, "serving_endpoint.created", now=now)
@@ -177,7 +176,7 @@ def api_key(row: ServingEndpoint, *, peppers: list[bytes]) -> str | None:
     """Return the server's API key, or None if it requires none. Raises Conflict if it can't be decrypted any more."""
     if row.sealed_key is None:
         return None
-    key = sealing.unseal(row.sealed_key, purpose=PURPOSE, row_id=row.id, peppers=peppers)
+    key = unseal(row.sealed_key, purpose=PURPOSE, row_id=row.id, peppers=peppers)
     if key is None:
         raise Conflict("serving_key_lost", name=row.name)
     return key
@@ -190,7 +189,7 @@ def seal_all(db: Database, *, peppers: list[bytes]) -> int:
         with_key = select(ServingEndpoint).where(ServingEndpoint.sealed_key.is_not(None)).order_by(ServingEndpoint.id)
         for row in session.scalars(with_key.with_for_update()):
             assert row.sealed_key is not None, "only rows with a key are selected"
-            sealed = sealing.resealed(row.sealed_key, purpose=PURPOSE, row_id=row.id, peppers=peppers)
+            sealed = resealed(row.sealed_key, purpose=PURPOSE, row_id=row.id, peppers=peppers)
             if sealed not in (None, row.sealed_key):
                 row.sealed_key = sealed
                 number += 1

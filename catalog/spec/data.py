@@ -8,7 +8,7 @@ from pydantic import Field
 
 from catalog.datasets.formats import RowKind
 from catalog.errors import InvalidRequest
-from catalog.spec.strict import Strict
+from catalog.spec.model_fields import Strict
 
 Loss = Literal["assistant", "last_turn"]
 Overflow = Literal["truncate", "drop", "split"]

@@ -9,7 +9,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, StringConstraints, model_validator
 
-from catalog.spec.strict import Label, Strict
+from catalog.spec.model_fields import Label, Strict
 
 IntegrationType = Literal["wandb", "mlflow", "tensorboard"]
 INTEGRATION_TYPES: tuple[IntegrationType, ...] = get_args(IntegrationType)

@@ -13,6 +13,8 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import ConfigDict, Field, StringConstraints, field_validator, model_validator
 
+from catalog.error_texts import ErrorText
+from catalog.errors import InvalidRequest
 from catalog.spec.data import DataOptions
 from catalog.spec.integrations import INTEGRATION_TYPES, Integration, checked
 from catalog.spec.lora import LoraRequest, LoraSpec, resolve_lora
@@ -26,7 +28,7 @@ from catalog.spec.methods import (
     SupervisedOptions,
     resolve_method,
 )
-from catalog.spec.strict import LAST_SECOND, WITHOUT_NUL, Auto, Strict, Suffix
+from catalog.spec.model_fields import LAST_SECOND, WITHOUT_NUL, Auto, Strict, Suffix
 from catalog.spec.training import (
     BASE_LEARNING_RATE,
     EarlyStopping,
@@ -352,3 +354,46 @@ def _resolve_rate(rate: float | Auto, multiplier: float | Auto, *, auto_multipli
 def auto_batch_size(num_rows: int) -> int:
     """Return about 0.5% of the rows, as a power of two from 4 to 32."""
     return min(32, max(4, 2 ** round(math.log2(max(1.0, num_rows * 0.005)))))
+
+
+def most_steps(spec: JobSpec, num_rows: int) -> int | None:
+    """Return the maximum steps of a job over a file of `num_rows`, before the number of usable rows is known.
+
+    Split texts can become more rows; otherwise some rows may be skipped. None if there is no bound.
+    """
+    return spec.max_steps if spec.data.overflow == "split" else spec.num_steps(num_rows)
+
+
+def interval_exceeds(spec: JobSpec, num_steps: int | None) -> bool:
+    """Return whether the requested evaluation interval is longer than the job."""
+    every = spec.evaluation.every_steps
+    return every is not None and num_steps is not None and every > num_steps
+
+
+def is_decided_by_evaluations(spec: JobSpec) -> bool:
+    """Return whether the result of the job depends on its evaluations."""
+    return spec.early_stopping is not None or spec.evaluation.keep == "best"
+
+
+def check_evaluated_in_time(spec: JobSpec, num_steps: int | None) -> None:
+    """Raises InvalidRequest if the result depends on evaluations and none comes in time. `num_steps`: the maximum."""
+    if not is_decided_by_evaluations(spec) or not interval_exceeds(spec, num_steps):
+        return
+    assert num_steps is not None
+    raise InvalidRequest(
+        "no_evaluation_in_time" if num_steps > 1 else "no_evaluation_in_one_step",
+        field="evaluation.keep 'best'" if spec.early_stopping is None else "early_stopping",
+        every_steps=spec.evaluation.every_steps or 0,
+        num_steps=num_steps,
+        param="evaluation.every_steps",
+    )
+
+
+def evaluations_too_late(spec: JobSpec, num_steps: int) -> ErrorText:
+    """Return the warning for a job whose evaluation interval is longer than the job."""
+    every_steps = spec.evaluation.every_steps or 0
+    if num_steps <= 1:
+        return ErrorText.of("evaluations_too_late_for_one_step", every_steps=every_steps)
+    if is_decided_by_evaluations(spec):
+        return ErrorText.of("deciding_evaluations_too_late", every_steps=every_steps, num_steps=num_steps)
+    return ErrorText.of("evaluations_too_late", every_steps=every_steps, num_steps=num_steps)

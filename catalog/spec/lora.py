@@ -14,8 +14,7 @@ from pydantic import AfterValidator, ConfigDict, Field, StringConstraints, field
 from pydantic.config import JsonDict
 
 from catalog import write_guard
-from catalog.spec.model_fields import resolved
-from catalog.spec.strict import Auto, PositiveFloat, Strict
+from catalog.spec.model_fields import Auto, PositiveFloat, Strict, resolved
 
 MAX_RANK = 256
 REGEX_PREFIX = "re:"

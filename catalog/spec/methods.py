@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, model_validator
 
 from catalog.datasets.formats import DataKind
-from catalog.spec.strict import Auto, Strict
+from catalog.spec.model_fields import Auto, Strict
 from catalog.spec.training import BASE_LEARNING_RATE, HIGHEST_RATE
 
 PREFERENCE_MULTIPLIER = 0.1

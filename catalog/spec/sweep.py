@@ -10,8 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from catalog.spec.job import PRIORITY, JobRequest
-from catalog.spec.model_fields import fields_of
-from catalog.spec.strict import Strict
+from catalog.spec.model_fields import Strict, fields_of
 from catalog.states import Priority
 
 MAX_TRIALS = 1000

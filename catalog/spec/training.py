@@ -9,8 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, StringConstraints, field_validator, model_validator
 
-from catalog.spec.model_fields import resolved
-from catalog.spec.strict import Auto, PositiveFloat, Strict
+from catalog.spec.model_fields import Auto, PositiveFloat, Strict, resolved
 
 BASE_LEARNING_RATE = 2e-4
 """Default learning rate, which learning_rate_multiplier multiplies: the usual learning rate for LoRA with AdamW."""

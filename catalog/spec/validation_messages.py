@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from catalog.spec.integrations import NAME_PATTERN
 from catalog.spec.lora import INITIAL_PATTERN, MODULE_PATTERN, TARGET_PATTERN
-from catalog.spec.strict import LABEL_PATTERN
+from catalog.spec.model_fields import LABEL_PATTERN
 
 MAX_SHOWN = 80
 """Maximum number of characters of a value in a message."""

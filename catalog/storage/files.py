@@ -24,10 +24,9 @@ from catalog.settings import Settings
 from catalog.states import UNFINISHED_STATES
 from catalog.storage import quota
 from catalog.storage.store import ArtifactStore, Blob
-from catalog.tables.batches import Batch
-from catalog.tables.jobs import Job
+from catalog.tables.jobs import Job, Sweep
+from catalog.tables.serving import Batch
 from catalog.tables.storage import File
-from catalog.tables.sweeps import Sweep
 from catalog.tables.table import Json, new_id
 from catalog.usage import ledger
 

@@ -21,7 +21,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PermissionDeniedError, UnauthenticatedError
 from obstore.store import LocalStore, ObjectStore, S3Store, from_url
 
-from catalog import durable
+from catalog import disk
 from catalog.disk import is_full, out_of_space
 from catalog.errors import InvalidRequest, OutOfSpace, Unavailable
 
@@ -101,7 +101,7 @@ class Objects:
         self._synced: set[Path] = set()
         with self._translated():
             if self.folder is not None:
-                durable.make_folder(self.folder)
+                disk.make_folder(self.folder)
             self._store = _open(url, self.folder)
 
     def put(self, key: str, chunks: bytes | Iterable[bytes]) -> None:
@@ -176,11 +176,11 @@ class Objects:
         if self.folder is None:
             return
         path = self.folder / key
-        durable.sync(path)
-        durable.sync(path.parent)
+        disk.sync(path)
+        disk.sync(path.parent)
         above = [folder for folder in path.parent.parents if folder.is_relative_to(self.folder)]
         for folder in (folder for folder in above if path.parent not in self._synced):
-            durable.sync(folder)
+            disk.sync(folder)
         self._synced.add(path.parent)
 
     def _translated(self, key: str = "") -> AbstractContextManager[None]:

@@ -10,10 +10,8 @@ from sqlalchemy.orm import Session
 from catalog.db.database import serialize
 from catalog.errors import QuotaExceeded
 from catalog.storage import token_cache
-from catalog.tables.exports import UNFINISHED_EXPORTS, AdapterExport
-from catalog.tables.jobs import Job
-from catalog.tables.plans import Plan
-from catalog.tables.storage import File, Prepared
+from catalog.tables.jobs import Job, Plan
+from catalog.tables.storage import UNFINISHED_EXPORTS, AdapterExport, File, Prepared
 from catalog.tables.tenancy import Project
 from catalog.usage.ledger import DAY_SECONDS
 from catalog.usage.quotas import (

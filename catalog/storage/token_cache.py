@@ -19,10 +19,8 @@ from catalog.db.database import Database, read_clock, serialize, skip_locked, up
 from catalog.spec.data import DataOptions
 from catalog.spec.job import JobSpec
 from catalog.states import UNFINISHED_STATES, JobState
-from catalog.storage import artifact_index
-from catalog.storage.manifest import Manifest, files_digest
-from catalog.tables.jobs import Job
-from catalog.tables.plans import Plan
+from catalog.storage.manifest import Manifest, files_digest, hide_unused, lock_artifact, show_artifact
+from catalog.tables.jobs import Job, Plan
 from catalog.tables.storage import BaseModelRow, File, Prepared
 from catalog.tables.table import Json
 from catalog.usage import ledger
@@ -97,7 +95,7 @@ def put(
     with db.write() as session:
         serialize(session, f"quota {project_id}")
         now = read_clock(session)
-        digest = artifact_index.show(session, artifact, now=now) if artifact else None
+        digest = show_artifact(session, artifact, now=now) if artifact else None
         before = session.get(Prepared, key, with_for_update=True)
         num_bytes = artifact.num_bytes if artifact else 0
         if before is not None:
@@ -119,13 +117,13 @@ def forget(db: Database, key: str) -> None:
         project_id, digest = row
         serialize(session, f"quota {project_id}")
         if digest is not None:
-            artifact_index.lock(session, digest)  # before the row that refers to it, as `put` does
+            lock_artifact(session, digest)  # before the row that refers to it, as `put` does
         # Only with this digest, because another worker may have replaced the cache with an intact one.
         gone = delete(Prepared).where(Prepared.key == key, Prepared.artifact.is_not_distinct_from(digest))
         num_bytes = session.scalar(gone.returning(Prepared.num_bytes)) or 0
         if digest is not None:
             ledger.store(session, project_id, -num_bytes, now=read_clock(session))
-            artifact_index.hide_unused(session, digest)
+            hide_unused(session, digest)
 
 
 def is_needed(project_id: str | None = None) -> ColumnElement[bool]:

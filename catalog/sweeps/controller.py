@@ -2,7 +2,8 @@
 
 `advance` takes one step for one sweep, in one short transaction. Every API server calls it periodically, so if one is
 killed, another continues. Workers don't call it, because they may not create jobs. Jobs are locked before the sweep,
-never after. Before each round of trials, the validity module checks the key and project of the sweep.
+never after. The controller acts for the creator of a sweep long after the request. So before each round of trials, it
+checks that the creator's key is valid and the project not archived.
 """
 
 from __future__ import annotations
@@ -13,20 +14,22 @@ from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.orm import Session
 
 from catalog.admission.target_layers import Targets, TargetsOutdated
+from catalog.audit import log
 from catalog.caller import Caller
-from catalog.db.database import Database, read_clock, serialize
+from catalog.db.database import Database, get_once, read_clock, serialize
+from catalog.error_texts import ErrorText
 from catalog.errors import LorryError, QuotaExceeded
 from catalog.history import events
 from catalog.jobs import commands
 from catalog.states import FINAL_STATES, UNFINISHED_STATES, JobState
-from catalog.sweeps import validity
-from catalog.sweeps.commands import stop
 from catalog.sweeps.creation import AT_ONCE, Drafts, design_of, draft, make_trials
-from catalog.sweeps.queries import best_trial, find_sweep
+from catalog.sweeps.queries import best_trial, find_sweep, stop
 from catalog.sweeps.study import PastTrial, judge
-from catalog.tables.jobs import Job
+from catalog.tables.jobs import Job, Sweep, Trial
 from catalog.tables.storage import Adapter, Artifact
-from catalog.tables.sweeps import Sweep, Trial
+from catalog.tables.table import Json
+from catalog.tables.tenancy import ApiKey, Project
+from catalog.tenancy.authentication import is_live
 from catalog.usage import ledger
 
 CANCELLED_AT_ONCE = 100
@@ -171,9 +174,9 @@ def _make(session: Session, sweep: Sweep, drafts: Drafts, limit: int, *, now: fl
     If no more trials are possible, for example because the base model was deleted, the sweep is closed and records
     the error, and existing trials continue. If the project has reached a quota, the sweep retries later.
     """
-    error = validity.why_ended(session, sweep, now=now)
+    error = why_ended(session, sweep, now=now)
     if error is not None:
-        validity.close(session, sweep, error, now=now)
+        close_with_error(session, sweep, error, now=now)
         return now
     try:
         num_made = make_trials(session, _caller(sweep), sweep, drafts, limit=limit, now=now)
@@ -209,3 +212,45 @@ def _delete_others(session: Session, sweep: Sweep, best: Trial, *, now: float) -
     kept = kept.join(Artifact, Artifact.digest == Adapter.artifact).where(Adapter.id.in_(gone))
     ledger.store(session, sweep.project_id, -(session.scalar(kept) or 0), now=now)
     session.execute(update(Adapter).where(Adapter.id.in_(gone)).values(deleted_at=now))
+
+
+def why_ended(session: Session, sweep: Sweep, *, now: float) -> Json | None:
+    """Return the error with which the sweep must be closed, or None if it may create trials.
+
+    A concurrent revocation waits until the transaction has ended.
+    """
+    project = session.get_one(Project, sweep.project_id)
+    if project.archived_at is not None:
+        return ErrorText.of("project_of_sweep_archived", project=project.name).as_job_error()
+    key = _valid_or_last(session, sweep.created_by, now=now)
+    if key is not None and is_live(key, now):
+        return None
+    if key is not None and key.revoked_at is None:
+        return ErrorText.of("api_key_expired", key=key.id).as_job_error()
+    return ErrorText.of("api_key_revoked", key=key.id if key else sweep.created_by).as_job_error()
+
+
+def close_with_error(session: Session, sweep: Sweep, error: Json, *, now: float) -> None:
+    """Close the sweep with this error. The audit event names the server as the actor, and the error's code."""
+    sweep.is_closed, sweep.error = True, error
+    details: Json = {"reason": error["code"]}
+    log.note(
+        session,
+        "sweep.closed",
+        now=now,
+        object_id=sweep.id,
+        project_id=sweep.project_id,
+        details=details,
+        actor=log.SERVER,
+    )
+
+
+def _valid_or_last(session: Session, key_id: str, *, now: float) -> ApiKey | None:
+    """Return the key, or the key that replaced it if a rotation has ended it, because rotation keeps sweeps running.
+
+    A revoked key has no successor here, even if it was rotated.
+    """
+    key = get_once(session, ApiKey, key_id, lock="share")
+    while key is not None and key.revoked_at is None and not is_live(key, now) and key.replaced_by is not None:
+        key = get_once(session, ApiKey, key.replaced_by, lock="share")
+    return key

@@ -29,8 +29,8 @@ from catalog.spec.sweep import TPE_AT_ONCE, SweepRequest
 from catalog.spec.validation_messages import Problem, field_path
 from catalog.sweeps.design import Design, checked, designed, rungs
 from catalog.sweeps.study import PastTrial
+from catalog.tables.jobs import Sweep, Trial
 from catalog.tables.storage import File
-from catalog.tables.sweeps import Sweep, Trial
 from catalog.tables.table import Json, new_id
 from catalog.tenancy.authentication import check_valid
 from catalog.usage import ledger, quotas

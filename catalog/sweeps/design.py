@@ -16,8 +16,7 @@ from pydantic import ValidationError
 
 from catalog.error_texts import ErrorText
 from catalog.errors import InvalidRequest
-from catalog.spec import evaluation_schedule
-from catalog.spec.job import JobRequest, resolve
+from catalog.spec.job import JobRequest, most_steps, resolve
 from catalog.spec.model_fields import fields_of, value_at, with_values
 from catalog.spec.sweep import FIXED, MAX_TRIALS, VARIABLE, Metric, Parameter, Search, SweepRequest
 from catalog.spec.validation_messages import Problem, by_field, expectation, field_path, value_text
@@ -118,7 +117,7 @@ def rungs(design: Design, requests: Sequence[JobRequest], *, num_rows: int) -> J
     """
     search, factor = design.search, design.search.reduction_factor or USUAL_FACTOR
     specs = [resolve(request, num_rows=num_rows, max_positions=None, seed=0) for request in requests]
-    known = [steps for spec in specs if (steps := evaluation_schedule.most_steps(spec, num_rows)) is not None]
+    known = [steps for spec in specs if (steps := most_steps(spec, num_rows)) is not None]
     fewest = min(known, default=None)
     if search.min_steps is None and fewest is None:
         raise InvalidRequest("min_steps_required", param="search.min_steps")

@@ -23,7 +23,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from catalog.spec.model_fields import plain_types
 from catalog.spec.sweep import VARIABLE, Parameter, SearchType
 from catalog.states import FINAL_STATES, JobState
-from catalog.tables.sweeps import Trial
+from catalog.tables.jobs import Trial
 
 DIGITS = 6
 """Significant digits of a sampled number: enough for a search, and few enough to read."""

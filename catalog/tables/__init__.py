@@ -3,38 +3,6 @@
 The imports register all tables, whichever of them a caller imports. `alembic check` compares them with migrations/.
 """
 
-from catalog.tables import (
-    audit,
-    batches,
-    exports,
-    fleet,
-    history,
-    inference,
-    jobs,
-    plans,
-    serving,
-    storage,
-    sweeps,
-    tasks,
-    tenancy,
-    usage,
-    webhooks,
-)
+from catalog.tables import fleet, history, jobs, serving, storage, tasks, tenancy, webhooks
 
-__all__ = [
-    "audit",
-    "batches",
-    "exports",
-    "fleet",
-    "history",
-    "inference",
-    "jobs",
-    "plans",
-    "serving",
-    "storage",
-    "sweeps",
-    "tasks",
-    "tenancy",
-    "usage",
-    "webhooks",
-]
+__all__ = ["fleet", "history", "jobs", "serving", "storage", "tasks", "tenancy", "webhooks"]

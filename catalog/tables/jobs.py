@@ -1,10 +1,10 @@
-"""Jobs, their labels, and the idempotency keys of the requests that created them."""
+"""Jobs with their labels, sweeps, plans, and the idempotency keys of the requests that created jobs."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Boolean, ForeignKey, Index, Integer, String, false, text
+from sqlalchemy import JSON, Boolean, ForeignKey, Index, Integer, String, Text, false, text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from catalog.tables.table import Json, Leased, Table
@@ -18,6 +18,7 @@ without_metadata["postgresql_where"] = without_metadata["sqlite_where"]
 of_the_queue: dict[str, Any] = {"sqlite_where": IN_QUEUE, "postgresql_where": IN_QUEUE}
 """Condition of partial indexes of the queued jobs. A query must contain IN_QUEUE, and no condition on the state, to use
 them."""
+IS_DUE = text("due_at IS NOT NULL")
 
 
 class Job(Leased, Table):
@@ -176,3 +177,124 @@ class IdempotencyKey(Table):
     body_digest: Mapped[str]
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     created_at: Mapped[float]
+
+
+class Sweep(Table):
+    """Several jobs that were submitted as one. Like its jobs, it is never deleted."""
+
+    __tablename__ = "sweeps"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    created_at: Mapped[float]
+    created_by: Mapped[str]
+    idempotency_key: Mapped[str | None]
+    body_digest: Mapped[str]
+    requested: Mapped[Json]
+    """The request as it was received."""
+    seed: Mapped[int]
+    num_trials: Mapped[int]
+    max_concurrent: Mapped[int | None]
+    """Maximum number of unfinished trials; None: no limit."""
+    rungs: Mapped[Json | None]
+    """min_steps and reduction_factor; None: no trial is stopped."""
+    training_file: Mapped[str] = mapped_column(ForeignKey("files.id"))
+    validation_file: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
+    state: Mapped[str] = mapped_column(String(16))
+    """A `catalog.spec.sweep.SweepState`."""
+    num_created: Mapped[int]
+    """Trials that exist: they have the numbers from 0 to num_created - 1."""
+    is_closed: Mapped[bool] = mapped_column(Boolean)
+    """Whether the sweep creates no further trials."""
+    cancel_requested: Mapped[bool] = mapped_column(Boolean)
+    due_at: Mapped[float | None]
+    """When the controller next has work for the sweep. None: not before one of its trials finishes."""
+    finished_at: Mapped[float | None]
+    best_job: Mapped[str | None]
+    """Job id of the best trial, whose adapter is the result of the sweep. Set once the sweep is final."""
+    error: Mapped[Json | None]
+    """code and message: why no further trial could be created."""
+    __table_args__ = (
+        Index(None, "project_id", "created_at", "id"),
+        Index(None, "project_id", "idempotency_key", unique=True),
+        Index(None, "created_by", "created_at"),
+        Index(None, "finished_at"),
+        Index("ix_sweeps_due", "due_at", sqlite_where=IS_DUE, postgresql_where=IS_DUE),
+    )
+
+
+class Trial(Table):
+    """A job of a sweep."""
+
+    __tablename__ = "trials"
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    sweep_id: Mapped[str] = mapped_column(ForeignKey("sweeps.id"))
+    number: Mapped[int]
+    parameters: Mapped[Json]
+    score: Mapped[float]
+    """Current value of the objective, with the sign that makes lower better; infinite before the first value."""
+    step: Mapped[int | None]
+    """The step at which `score` was measured."""
+    recent: Mapped[Json | None]
+    """For an objective measured in training: the last values, with their steps."""
+    reached_step: Mapped[int | None]
+    """The step at which the trial reached a rung where the controller has not judged it yet."""
+    reached_score: Mapped[float | None]
+    """The score at that step."""
+    pruner_state: Mapped[Json | None]
+    """Attributes of the trial in Optuna's pruner: its score at each rung where it was judged."""
+    stopped: Mapped[str | None] = mapped_column(Text)
+    """A sentence that explains why the trial was stopped before its last step."""
+    __table_args__ = (
+        Index(None, "sweep_id", "number", unique=True),
+        Index(None, "sweep_id", "score", "number"),
+    )
+
+    @property
+    def rung(self) -> int | None:
+        """The last rung that the trial reached."""
+        num_rungs = len(self.pruner_state or {}) + (self.reached_step is not None)
+        return num_rungs - 1 if num_rungs else None
+
+
+class Plan(Table):
+    """A dry run of a job. A worker computes it, and it is deleted once it has expired."""
+
+    __tablename__ = "plans"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    created_at: Mapped[float]
+    created_by: Mapped[str]
+    expires_at: Mapped[float]
+    state: Mapped[str]
+    """computing, ready or failed."""
+    base_model: Mapped[str] = mapped_column(ForeignKey("base_models.name"))
+    base_digest: Mapped[str]
+    requested: Mapped[Json]
+    """The request as for a job: only the fields that it contained."""
+    spec: Mapped[Json]
+    training_file: Mapped[str] = mapped_column(ForeignKey("files.id"))
+    validation_file: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
+    train_prepared: Mapped[str]
+    """This and the next: keys in `prepared`, known before the files are prepared."""
+    valid_prepared: Mapped[str | None]
+    found: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """The result, once the plan is ready."""
+    error: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    """code, message, param: why no job can train on these files."""
+    __table_args__ = (
+        Index(None, "project_id", "created_at", "id"),
+        Index(None, "state", "created_at"),
+        Index(None, "expires_at"),
+    )
+
+
+class FileOverlap(Table):
+    """The number of rows of a prepared validation file that are also in a prepared training file."""
+
+    __tablename__ = "file_overlaps"
+    train_key: Mapped[str] = mapped_column(primary_key=True)
+    valid_key: Mapped[str] = mapped_column(primary_key=True)
+    num_rows: Mapped[int]
+    """Rows of the validation file that are also in the training file."""
+    of_rows: Mapped[int]
+    """All rows of the validation file."""

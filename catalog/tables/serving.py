@@ -1,8 +1,10 @@
-"""Serving endpoints: OpenAI-compatible servers that load adapters at run time, and the adapters deployed on them."""
+"""Inference: serving endpoints with the adapters deployed on them, base models that requests wait for, and batches."""
 
 from __future__ import annotations
 
-from sqlalchemy import ForeignKey, Index, Integer, Text
+from typing import Any
+
+from sqlalchemy import JSON, Boolean, ForeignKey, Index, Integer, Text
 from sqlalchemy.orm import Mapped, mapped_column
 
 from catalog.tables.table import Json, Table
@@ -25,7 +27,7 @@ class ServingEndpoint(Table):
     url: Mapped[str] = mapped_column(Text)
     """Address without a trailing slash and without /v1."""
     sealed_key: Mapped[str | None] = mapped_column(Text)
-    """The server's API key, encrypted; see catalog/sealing.py. None: the server requires none."""
+    """The server's API key, encrypted; see catalog/pepper.py. None: the server requires none."""
     adapter_folder: Mapped[str] = mapped_column(Text)
     """Absolute path of a folder under which API servers and the inference server see the same files."""
     max_rank: Mapped[int] = mapped_column(Integer)
@@ -77,3 +79,70 @@ class Deployment(Table):
         Index(None, "adapter_id"),
         Index(None, "project_id"),
     )
+
+
+class WantedBase(Table):
+    """A base model that requests wait for, because no worker has it loaded. Its task `load` is claimed by the worker
+    that loads it. API servers extend `wanted_until` while requests wait."""
+
+    __tablename__ = "wanted_bases"
+    pack_key: Mapped[str] = mapped_column(primary_key=True)
+    """The trainers that can answer the requests."""
+    base_model: Mapped[str] = mapped_column(ForeignKey("base_models.name"))
+    base_digest: Mapped[str]
+    wanted_since: Mapped[float]
+    wanted_until: Mapped[float]
+    clients_until: Mapped[float]
+    """Until when clients want it. Earlier than `wanted_until` if only batches do."""
+    error: Mapped[Json | None] = mapped_column(JSON(none_as_null=True))
+    """Why it could not be loaded."""
+    failed_at: Mapped[float | None]
+    """Requests that arrived before this time fail with `error`."""
+
+
+class Batch(Table):
+    """A file of inference requests. An API process submits them and stores the answers."""
+
+    __tablename__ = "batches"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    created_at: Mapped[float]
+    created_by: Mapped[str]
+    """Id of the API key."""
+    endpoint: Mapped[str]
+    """Path of the route that each of its requests is for."""
+    input_file: Mapped[str] = mapped_column(ForeignKey("files.id"))
+    labels: Mapped[Json | None] = mapped_column(JSON(none_as_null=True))
+    """`metadata` in the API."""
+    lifetime_seconds: Mapped[int | None]
+    """Lifetime of its output files. None: they are kept until a user deletes them."""
+    status: Mapped[str]
+    """A `BatchStatus`."""
+    expires_at: Mapped[float]
+    errors: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
+    """Why it failed: {code, message, param, line} for each invalid line, up to a maximum."""
+    num_lines: Mapped[int] = mapped_column(default=0)
+    num_completed: Mapped[int] = mapped_column(default=0)
+    num_failed: Mapped[int] = mapped_column(default=0)
+    prompt_tokens: Mapped[int] = mapped_column(default=0)
+    completion_tokens: Mapped[int] = mapped_column(default=0)
+    output_file: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
+    error_file: Mapped[str | None] = mapped_column(ForeignKey("files.id"))
+    in_progress_at: Mapped[float | None]
+    finalizing_at: Mapped[float | None]
+    cancelling_at: Mapped[float | None]
+    finished_at: Mapped[float | None]
+    """When it was completed, failed, cancelled or expired."""
+    __table_args__ = (Index(None, "project_id", "created_at", "id"),)
+
+
+class BatchLine(Table):
+    """The result of one request of a batch. It is deleted after the output files of the batch are stored."""
+
+    __tablename__ = "batch_lines"
+    batch_id: Mapped[str] = mapped_column(ForeignKey("batches.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(Integer, primary_key=True)
+    """Line of the input file, from 1."""
+    is_failed: Mapped[bool] = mapped_column(Boolean)
+    result: Mapped[Json]
+    """The line of the output file, or of the error file if the request failed."""

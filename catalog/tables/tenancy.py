@@ -1,16 +1,22 @@
-"""Organizations, projects, quotas, API keys, model permissions and browser sessions."""
+"""Organizations, projects with quotas and usage, API keys, model permissions, browser sessions, and the audit log.
+
+Usage is recorded as it happens, by day and month, so that reports need not sum jobs and attempts. Audit events are only
+appended, and a hash chain seals them.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
-from sqlalchemy import JSON, Boolean, ForeignKey, Index, Integer, text
+from sqlalchemy import JSON, Boolean, ForeignKey, Index, Integer, String, Text, text
 from sqlalchemy.orm import Mapped, mapped_column
 
-from catalog.tables.table import Table
+from catalog.tables.table import AutoKey, Json, Table
 
 PLANS_PER_DAY = 500
 """Default of `Project.max_plans_per_day`."""
+UNSEALED = text("link IS NULL")
+of_the_unsealed: dict[str, Any] = {"sqlite_where": UNSEALED, "postgresql_where": UNSEALED}
 
 
 class Organization(Table):
@@ -125,3 +131,121 @@ class SignIn(Table):
     browser_digest: Mapped[str | None] = mapped_column(unique=True)
     created_at: Mapped[float]
     expires_at: Mapped[float]
+
+
+class UsageDay(Table):
+    """Usage of a base model by a project on one day: the sum of the rows of all slots."""
+
+    __tablename__ = "usage_days"
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)
+    day: Mapped[int] = mapped_column(Integer, primary_key=True)
+    """Days since 1970-01-01 UTC."""
+    base_model: Mapped[str] = mapped_column(primary_key=True)
+    slot: Mapped[int] = mapped_column(Integer, primary_key=True)
+    """Spreads concurrent writers over several rows, so that they don't wait for each other."""
+    device_seconds: Mapped[float] = mapped_column(default=0.0)
+    trained_tokens: Mapped[int] = mapped_column(default=0)
+    """Trained tokens of the jobs that succeeded on this day."""
+    num_created: Mapped[int] = mapped_column(default=0)
+    num_succeeded: Mapped[int] = mapped_column(default=0)
+    num_failed: Mapped[int] = mapped_column(default=0)
+    num_cancelled: Mapped[int] = mapped_column(default=0)
+    num_plans: Mapped[int] = mapped_column(default=0, server_default="0")
+    num_completions: Mapped[int] = mapped_column(default=0, server_default="0")
+    """This and the next two: inference requests that were answered on this day, and their tokens."""
+    prompt_tokens: Mapped[int] = mapped_column(default=0, server_default="0")
+    completion_tokens: Mapped[int] = mapped_column(default=0, server_default="0")
+    __table_args__ = (Index(None, "day"),)
+
+
+class UsageMonth(Table):
+    """Device-seconds of a project in one month, for all base models: the sum of the rows of all slots."""
+
+    __tablename__ = "usage_months"
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)
+    month: Mapped[int] = mapped_column(Integer, primary_key=True)
+    """Months since year 0: 12 * year + month - 1, in UTC."""
+    slot: Mapped[int] = mapped_column(Integer, primary_key=True)
+    device_seconds: Mapped[float]
+
+
+class StoredDay(Table):
+    """Bytes that a project stored at the end of a day on which they changed. The latest row holds the current value."""
+
+    __tablename__ = "stored_days"
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)
+    day: Mapped[int] = mapped_column(Integer, primary_key=True)
+    num_bytes: Mapped[int]
+
+
+class StoredBytes(Table):
+    """Bytes that a project stores now; stored_bytes.py lists the parts."""
+
+    __tablename__ = "stored_bytes"
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), primary_key=True)
+    num_bytes: Mapped[int]
+
+
+class ServiceCounter(Table):
+    """A counter of the service: the sum of the rows of all slots. See catalog/usage/ledger.py."""
+
+    __tablename__ = "tallies"
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    label: Mapped[str] = mapped_column(String(64), primary_key=True)
+    """Label value of the counter, such as an `EndReason`; empty for a counter without labels."""
+    slot: Mapped[int] = mapped_column(Integer, primary_key=True)
+    """Spreads concurrent writers over several rows, so that they don't wait for each other."""
+    number: Mapped[int]
+
+
+class AuditEvent(Table):
+    """One audit event, written in the transaction of the change that it describes. Only sealing updates it."""
+
+    __tablename__ = "audit_events"
+    seq: Mapped[int] = mapped_column(AutoKey, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(unique=True)
+    type: Mapped[str]
+    effective_at: Mapped[float]
+    project_id: Mapped[str | None]
+    """The project that owns the object. None: no single project owns it, for example a base model."""
+    object_id: Mapped[str | None]
+    actor_type: Mapped[str]
+    actor_id: Mapped[str | None]
+    """The API key; for a browser session, the key that signed in. None: an administrator on the server itself."""
+    actor_name: Mapped[str | None]
+    request_id: Mapped[str | None]
+    address: Mapped[str | None]
+    details: Mapped[Json]
+    link: Mapped[int | None] = mapped_column(unique=True)
+    """Position in the chain, from 1. Sealing sets this and the next two columns, once."""
+    previous: Mapped[str | None]
+    """Digest of the previous event."""
+    digest: Mapped[str | None]
+    """HMAC-SHA256 of the event (`seal_of` in catalog/audit/chain.py), in hex."""
+    __table_args__ = (
+        Index(None, "effective_at", "id"),
+        Index(None, "project_id", "effective_at", "id"),
+        Index(None, "actor_id", "effective_at", "id"),
+        Index(None, "type", "effective_at", "id"),
+        Index("ix_audit_events_unsealed", "seq", **of_the_unsealed),
+    )
+
+
+class AuditHead(Table):
+    """One row: the last link of the chain. The process that seals events locks it."""
+
+    __tablename__ = "audit_head"
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    link: Mapped[int]
+    digest: Mapped[str]
+
+
+class RetiredKey(Table):
+    """The keys that were derived from one replaced pepper (derived_keys)."""
+
+    __tablename__ = "retired_keys"
+    WIRE_OBJECT: ClassVar = "retired_key"
+    """The `object` value of a retired key in an export of the audit log."""
+    id: Mapped[str] = mapped_column(primary_key=True)
+    sealed: Mapped[str] = mapped_column(Text)
+    """Base64; AES-256-GCM under the current pepper."""

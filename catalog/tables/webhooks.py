@@ -22,7 +22,7 @@ class WebhookEndpoint(Table):
     url: Mapped[str] = mapped_column(Text)
     """The part of the URL that is shown: host and last characters."""
     sealed_url: Mapped[str] = mapped_column(Text)
-    """The whole URL, encrypted; see catalog/webhooks/sealed_urls.py."""
+    """The whole URL, encrypted; see catalog/webhooks/signing.py."""
     event_types: Mapped[list[Any]]
     salt: Mapped[str]
     ending: Mapped[str]

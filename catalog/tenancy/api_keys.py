@@ -55,10 +55,7 @@ def create(
     Raises Conflict if the project has MAX_VALID_KEYS, or if the caller has already created a key with this
     Idempotency-Key: a repeated request must not create a second key, and the secret can't be returned again.
     """
-    able = granted(None, is_operator=request.is_operator)
-    wanted = frozenset(request.scopes) if request.scopes is not None else able & caller.scopes
-    _check_kind(caller, wanted, is_operator=request.is_operator)
-    _check_rights(caller, wanted, is_operator=request.is_operator)
+    wanted = _wanted_scopes(caller, request)
     limits = {"requests_per_minute": request.requests_per_minute, "jobs_per_day": request.jobs_per_day}
     given = {name: value for name, value in limits.items() if value is not None}
     highest = request.highest_priority
@@ -134,7 +131,7 @@ def rotate(
         key, secret = new_key(old.project_id, old.name, pepper)
         key.is_operator, key.scopes, key.created_at = old.is_operator, old.scopes, now
         key.expires_at = _end(caller, old) if expires_at is None else _expiry(caller, expires_at, None, now=now)
-        if key.expires_at is not None and _is_last_operator(session, old, now=now):
+        if key.expires_at is not None and [one.id for one in lasting_operators(session, now=now)] == [old.id]:
             raise _expires_last_operator(old, can_omit=expires_at is not None and _end(caller, old) is None)
         key.requests_per_minute, key.jobs_per_day = old.requests_per_minute, old.jobs_per_day
         key.highest_priority = old.highest_priority
@@ -182,6 +179,20 @@ def limit(
         return key
 
 
+def _wanted_scopes(caller: Caller, request: KeyRequest) -> frozenset[str]:
+    """Return the scopes of a new key, which the caller can grant. Raises InvalidRequest and Forbidden."""
+    able = granted(None, is_operator=request.is_operator)
+    wanted = frozenset(request.scopes) if request.scopes is not None else able & caller.scopes
+    if not request.is_operator and wanted & OPERATORS:
+        name = "operator_scope" if caller.is_operator else "operator_scope_for_operators"
+        raise InvalidRequest(name, beyond=_scopes(wanted & OPERATORS), param="scopes")
+    if request.is_operator and not caller.is_operator:
+        raise Forbidden("operator_key_beyond_own", param="is_operator")
+    if wanted - caller.scopes:
+        raise Forbidden("scopes_beyond_own", beyond=_scopes(wanted - caller.scopes), param="scopes")
+    return wanted
+
+
 def _begin(session: Session, caller: Caller) -> float:
     """Return the time. No other transaction creates or revokes keys until this one ends: a revocation with descendants
     finds every key that a revoked key created, and a revoked key creates no keys. Raises Unauthorized."""
@@ -197,13 +208,9 @@ def _check_num_keys(session: Session, project_id: str, *, now: float, is_rotatio
     count = select(func.count()).select_from(ApiKey).where(ApiKey.project_id == project_id, *valid)
     number = session.scalar(count) or 0
     if number >= MAX_VALID_KEYS:
-        name = session.get_one(Project, project_id).name
-        raise Conflict(
-            "too_many_keys_to_rotate" if is_rotation else "too_many_keys",
-            name=name,
-            number=number,
-            max_valid_keys=MAX_VALID_KEYS,
-        )
+        project = session.get_one(Project, project_id).name
+        name = "too_many_keys_to_rotate" if is_rotation else "too_many_keys"
+        raise Conflict(name, name=project, number=number, max_valid_keys=MAX_VALID_KEYS)
 
 
 def _check_unused(session: Session, caller: Caller, idempotency_key: str) -> None:
@@ -228,49 +235,6 @@ def find(session: Session, caller: Caller, api_key_id: str) -> ApiKey:
     return key
 
 
-def _check_kind(caller: Caller, wanted: frozenset[str], *, is_operator: bool) -> None:
-    beyond = sorted(wanted & OPERATORS)
-    if beyond and not is_operator:
-        raise InvalidRequest(
-            "operator_scope" if caller.is_operator else "operator_scope_for_operators",
-            beyond=_scopes(beyond),
-            param="scopes",
-        )
-
-
-def _check_rights(caller: Caller, wanted: frozenset[str], *, is_operator: bool, changed: ApiKey | None = None) -> None:
-    """changed: the key to change; None for a new one. Raises Forbidden."""
-    if is_operator and not caller.is_operator:
-        if changed is None:
-            raise Forbidden("operator_key_beyond_own", param="is_operator")
-        raise Forbidden(
-            "operator_key_not_changeable",
-            changed=_said(changed),
-            param="api_key_id",
-        )
-    beyond = sorted(wanted - caller.scopes)
-    if beyond:
-        if changed is None:
-            raise Forbidden(
-                "scopes_beyond_own",
-                beyond=_scopes(beyond),
-                param="scopes",
-            )
-        if is_operator:
-            raise Forbidden(
-                "operator_key_scopes_beyond_own",
-                changed=_said(changed),
-                beyond=_scopes(beyond),
-                param="api_key_id",
-            )
-        raise Forbidden(
-            "key_scopes_beyond_own",
-            changed=_said(changed),
-            beyond=_scopes(beyond),
-            param="api_key_id",
-        )
-
-
 def check_may_change(session: Session, caller: Caller, key: ApiKey) -> None:
     """Raises Forbidden unless the key is the caller's own, or the caller could have created it.
 
@@ -281,47 +245,35 @@ def check_may_change(session: Session, caller: Caller, key: ApiKey) -> None:
     replaced_by = session.get_one(ApiKey, caller.api_key_id).replaced_by
     if replaced_by is not None:
         raise Forbidden("key_superseded", key=caller.api_key_id, replaced_by=replaced_by)
-    _check_rights(caller, granted(key.scopes, is_operator=key.is_operator), is_operator=key.is_operator, changed=key)
+    if key.is_operator and not caller.is_operator:
+        raise Forbidden("operator_key_not_changeable", changed=_label(key), param="api_key_id")
+    beyond = granted(key.scopes, is_operator=key.is_operator) - caller.scopes
+    if beyond:
+        name = "operator_key_scopes_beyond_own" if key.is_operator else "key_scopes_beyond_own"
+        raise Forbidden(name, changed=_label(key), beyond=_scopes(beyond), param="api_key_id")
     if key.scopes is None and caller.is_limited:
-        raise Forbidden(
-            "unlimited_operator_key_not_changeable" if key.is_operator else "unlimited_key_not_changeable",
-            key=_said(key),
-            param="api_key_id",
-        )
-
-
-def _is_last_operator(session: Session, key: ApiKey, *, now: float) -> bool:
-    return [lasting.id for lasting in lasting_operators(session, now=now)] == [key.id]
+        name = "unlimited_operator_key_not_changeable" if key.is_operator else "unlimited_key_not_changeable"
+        raise Forbidden(name, key=_label(key), param="api_key_id")
 
 
 def last_operator(key: ApiKey) -> Conflict:
     """Return the error for the revocation of the last operator key, perhaps together with other ones."""
-    kept = _kept(key)
-    return Conflict(
-        "last_lasting_operator_key_revoked" if key.expires_at is None else "last_operator_key_revoked",
-        key=_said(key),
-        kept=kept,
-        param="api_key_id",
-    )
+    name = "last_lasting_operator_key_revoked" if key.expires_at is None else "last_operator_key_revoked"
+    return Conflict(name, key=_label(key), kept=_last_of(key), param="api_key_id")
 
 
 def _expires_last_operator(key: ApiKey, *, can_omit: bool) -> Conflict:
     """can_omit: without 'expires_at', the new key would not expire."""
-    kept = _kept(key)
-    return Conflict(
-        "last_operator_key_would_expire" if can_omit else "last_operator_key_replaced",
-        key=_said(key),
-        kept=kept,
-        param="expires_at" if can_omit else "api_key_id",
-    )
+    name = "last_operator_key_would_expire" if can_omit else "last_operator_key_replaced"
+    return Conflict(name, key=_label(key), kept=_last_of(key), param="expires_at" if can_omit else "api_key_id")
 
 
-def _kept(key: ApiKey) -> str:
-    """Return what makes the last operator key the last one."""
+def _last_of(key: ApiKey) -> str:
+    """Return the description of the keys of which this one is the last."""
     return "with every scope and no expiration" if authentication.is_lasting(key) else "that can create keys"
 
 
-def _said(key: ApiKey) -> str:
+def _label(key: ApiKey) -> str:
     return f"{key.name!r} ({key.id})"
 
 
@@ -348,22 +300,18 @@ def _check_limits(caller: Caller, limits: Collection[str], *, key: ApiKey | None
         raise Forbidden("operator_required_for_key", names=names, key=key.id, options=options, param=next(iter(limits)))
 
 
-def _scopes(scopes: Sequence[str]) -> str:
-    return f"the scope{'s' if len(scopes) > 1 else ''} {listed(scopes)}"
+def _scopes(scopes: Collection[str]) -> str:
+    return f"the scope{'s' if len(scopes) > 1 else ''} {listed(sorted(scopes))}"
 
 
 def _check_rotatable(caller: Caller, key: ApiKey, now: float) -> None:
     if not is_live(key, now):
         options = " --operator" if key.is_operator else ""
         options += f" --project {key.project_id}" if key.project_id != caller.project_id else ""
-        raise Conflict(
-            "key_expired" if key.revoked_at is None else "key_revoked",
-            key=_said(key),
-            options=options,
-            param="api_key_id",
-        )
+        name = "key_expired" if key.revoked_at is None else "key_revoked"
+        raise Conflict(name, key=_label(key), options=options, param="api_key_id")
     if key.replaced_by is not None:
-        raise Conflict("key_already_rotated", key=_said(key), replaced_by=key.replaced_by, param="api_key_id")
+        raise Conflict("key_already_rotated", key=_label(key), replaced_by=key.replaced_by, param="api_key_id")
 
 
 def _expiry(caller: Caller, wanted: float | None, otherwise: float | None, *, now: float) -> float | None:
@@ -373,10 +321,6 @@ def _expiry(caller: Caller, wanted: float | None, otherwise: float | None, *, no
     if wanted <= now:
         raise InvalidRequest("expires_in_the_past", wanted=int(wanted), now=int(now), param="expires_at")
     if caller.expires_at is not None and wanted > caller.expires_at:
-        raise Forbidden(
-            "expires_after_own_session" if caller.is_browser else "expires_after_own_key",
-            wanted=int(wanted),
-            expires_at=int(caller.expires_at),
-            param="expires_at",
-        )
+        name = "expires_after_own_session" if caller.is_browser else "expires_after_own_key"
+        raise Forbidden(name, wanted=int(wanted), expires_at=int(caller.expires_at), param="expires_at")
     return wanted

@@ -16,7 +16,7 @@ from catalog.caller import Caller
 from catalog.db.database import Database, read_clock, serialize
 from catalog.db.pagination import Page, paginate
 from catalog.errors import Conflict, InvalidRequest, NotFound
-from catalog.spec.strict import LABEL, label_fault
+from catalog.spec.model_fields import LABEL, label_fault
 from catalog.tables.table import Json, new_id
 from catalog.tables.tenancy import Organization, Project
 

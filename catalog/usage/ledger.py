@@ -1,11 +1,13 @@
 """Usage of projects by day and base model, and counters of the service, updated in the transactions that change them.
 
 A transaction writes its amounts at its end, in a fixed order. Shared rows are therefore locked only briefly, and
-transactions can't deadlock on them.
+transactions can't deadlock on them. The counters of stored bytes follow every change (`store`). Garbage collection
+compares them with a recount of the rows, because a counter that missed a change would stay wrong otherwise.
 """
 
 from __future__ import annotations
 
+import logging
 import secrets
 import zlib
 from collections import Counter, defaultdict
@@ -15,14 +17,15 @@ from copy import deepcopy
 from datetime import UTC, datetime
 from typing import Literal, get_args
 
-from sqlalchemy import func, select
+from sqlalchemy import Select, func, select, union_all
 from sqlalchemy.orm import Session, SessionTransaction
 
-from catalog.db.database import add_all_to, add_to, at_the_end, upsert
+from catalog.db.database import Database, add_all_to, add_if_missing, add_to, at_the_end, read_clock, upsert
 from catalog.states import JobState, PriorityClass
-from catalog.tables.jobs import Job
-from catalog.tables.plans import Plan
-from catalog.tables.usage import ServiceCounter, StoredBytes, StoredDay, UsageDay, UsageMonth
+from catalog.tables.history import Checkpoint, JobOutput
+from catalog.tables.jobs import Job, Plan
+from catalog.tables.storage import Adapter, AdapterExport, Artifact, File, Prepared
+from catalog.tables.tenancy import ServiceCounter, StoredBytes, StoredDay, UsageDay, UsageMonth
 
 DAY_SECONDS = 86_400
 SLOTS = 16
@@ -47,6 +50,7 @@ AMOUNTS: tuple[Amount, ...] = get_args(Amount)
 GATHERED = ("used", "tallies")
 """Keys of a session's `info` under which a transaction collects what it writes at its end."""
 _Key = tuple[str, int, str, int]
+log = logging.getLogger("lorry.catalog")
 
 
 class _Pending:
@@ -235,3 +239,57 @@ def _write_counters(session: Session) -> None:
     slot = secrets.randbelow(COUNTER_SLOTS)
     rows = [{"name": name, "label": label, "slot": slot, "number": number} for name, label, number in changed]
     add_all_to(session, ServiceCounter, ("name", "label", "slot"), ("number",), rows)
+
+
+def recount(session: Session, project_id: str | None = None) -> dict[str, int]:
+    """Return stored bytes by project, for all projects or one. A project that stores nothing may be missing.
+
+    An object counts once for each row that refers to it, although the store keeps equal bytes only once.
+    """
+    parts = union_all(*_parts()).subquery()
+    total = select(parts.c.project_id, func.sum(parts.c.num_bytes)).group_by(parts.c.project_id)
+    if project_id is not None:
+        total = total.where(parts.c.project_id == project_id)
+    return {owner: int(num_bytes) for owner, num_bytes in session.execute(total)}
+
+
+def reconcile(db: Database) -> int:
+    """Correct the counters that differ from the recount. Returns how many were corrected."""
+    with db.read() as session:
+        counted = recount(session)
+        kept = {row.project_id: row.num_bytes for row in session.scalars(select(StoredBytes))}
+    differing = [owner for owner in sorted(counted | kept) if counted.get(owner, 0) != kept.get(owner, 0)]
+    return sum(_correct(db, project_id) for project_id in differing)
+
+
+def _correct(db: Database, project_id: str) -> bool:
+    """Recount and correct one project. Returns whether its counter differed.
+
+    The counter is locked first. The recount includes what other transactions committed before, and they add what they
+    commit later.
+    """
+    with db.write() as session:
+        add_if_missing(session, StoredBytes, {"project_id": project_id, "num_bytes": 0})
+        counter = session.get_one(StoredBytes, project_id, with_for_update=True, populate_existing=True)
+        difference = recount(session, project_id).get(project_id, 0) - counter.num_bytes
+        store(session, project_id, difference, now=read_clock(session))
+    if difference:
+        log.warning("corrected stored bytes project=%s by=%d", project_id, difference)
+    return difference != 0
+
+
+def _parts() -> tuple[Select[str, int], ...]:
+    """Select the stored bytes: files, adapters, token caches, checkpoints, adapters of checkpoints, trainer logs,
+    exports."""
+    adapters = select(Adapter.project_id, Artifact.num_bytes).join(Artifact, Artifact.digest == Adapter.artifact)
+    checkpoints = select(Job.project_id, Artifact.num_bytes).select_from(Checkpoint)
+    checkpoints = checkpoints.join(Job, Job.id == Checkpoint.job_id)
+    return (
+        select(File.project_id, File.num_bytes).where(File.deleted_at.is_(None)),
+        adapters.where(Adapter.deleted_at.is_(None)),
+        select(Prepared.project_id, Prepared.num_bytes).where(Prepared.artifact.is_not(None)),
+        checkpoints.join(Artifact, Artifact.digest == Checkpoint.artifact),
+        checkpoints.join(Artifact, Artifact.digest == Checkpoint.adapter),
+        select(Job.project_id, JobOutput.num_bytes).join(JobOutput, JobOutput.job_id == Job.id),
+        select(AdapterExport.project_id, AdapterExport.num_bytes),
+    )

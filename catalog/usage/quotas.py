@@ -12,7 +12,7 @@ Where each quota applies:
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
@@ -25,9 +25,7 @@ from catalog.caller import Caller
 from catalog.db.database import Database, get_once, read_clock, serialize
 from catalog.errors import Forbidden, QuotaExceeded, RateLimited, listed
 from catalog.states import JobState, Priority, PriorityClass
-from catalog.tables.jobs import Job
-from catalog.tables.plans import Plan
-from catalog.tables.sweeps import Sweep
+from catalog.tables.jobs import Job, Plan, Sweep
 from catalog.tables.table import Json
 from catalog.tables.tenancy import ApiKey, Project
 from catalog.tenancy import projects
@@ -43,40 +41,6 @@ Limit = Literal[
     "plans_per_day",
     "tokens_per_day",
 ]
-COLUMNS: dict[Limit, str] = {
-    "concurrent_jobs": "max_concurrent_jobs",
-    "queued_jobs": "max_queued_jobs",
-    "jobs_per_day": "max_jobs_per_day",
-    "device_hours_per_month": "max_device_hours_per_month",
-    "stored_bytes": "max_stored_bytes",
-    "plans_per_day": "max_plans_per_day",
-    "tokens_per_day": "max_tokens_per_day",
-}
-SAID: dict[Limit, tuple[str, str]] = {
-    "concurrent_jobs": ("concurrent job", "concurrent jobs"),
-    "queued_jobs": ("queued job", "queued jobs"),
-    "jobs_per_day": ("job per day", "jobs per day"),
-    "device_hours_per_month": ("device-hour per month", "device-hours per month"),
-    "stored_bytes": ("stored byte", "stored bytes"),
-    "plans_per_day": ("plan per day", "plans per day"),
-    "tokens_per_day": ("inference token per day", "inference tokens per day"),
-}
-"""Names of the limited amounts, in the singular and the plural."""
-OPTIONS: dict[Limit, str] = {
-    "concurrent_jobs": "--limit-concurrent-jobs",
-    "queued_jobs": "--limit-queued-jobs",
-    "jobs_per_day": "--limit-jobs-per-day",
-    "device_hours_per_month": "--limit-device-hours",
-    "stored_bytes": "--limit-stored-bytes",
-    "plans_per_day": "--limit-plans-per-day",
-    "tokens_per_day": "--limit-tokens-per-day",
-}
-"""Options of `lorry projects update`."""
-REMEDIES: dict[Limit, str] = {
-    "concurrent_jobs": "Wait until a running job finishes.",
-    "queued_jobs": "Wait until a queued job starts, or cancel one.",
-    "stored_bytes": "Delete files, adapters or exports that you no longer need.",
-}
 NEEDING = "this request needs"
 PREPARE_LESS = "Use smaller files, or cancel jobs and delete plans whose files still have to be prepared."
 WAITING = (JobState.VALIDATING_FILES, JobState.QUEUED)
@@ -85,22 +49,133 @@ CAN_HOLD = or_(Project.max_concurrent_jobs.is_not(None), Project.max_device_hour
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Quota:
+    """A kind of limit that a project may have."""
+
+    name: Limit
+    noun: str
+    """The counted thing, in the singular."""
+    period: Literal["day", "month"] | None = None
+    """After which the usage is reset to zero, in UTC."""
+    used: Callable[[Session, Project, float], float]
+    """Reads the usage at a time."""
+    option: str
+    """The option of `lorry projects update`."""
+    remedy: str = ""
+    """A fix other than a higher limit. Empty: only the end of the period."""
+
+    def limit_of(self, project: Project) -> float | None:
+        return getattr(project, self.column)
+
+    @property
+    def column(self) -> str:
+        """Column of the table of projects that has the limit."""
+        return f"max_{self.name}"
+
+    def resets_at(self, now: float) -> float | None:
+        match self.period:
+            case "day":
+                return (ledger.day_of(now) + 1) * DAY_SECONDS
+            case "month":
+                return ledger.next_month(now)
+            case None:
+                return None
+
+
+def _today(*amounts: ledger.Amount) -> Callable[[Session, Project, float], float]:
+    """Return a function that adds up these amounts of today."""
+    return lambda session, project, now: sum(
+        ledger.total(session, project.id, amount, first_day=ledger.day_of(now)) for amount in amounts
+    )
+
+
+QUOTAS: dict[Limit, Quota] = {
+    quota.name: quota
+    for quota in (
+        Quota(
+            name="concurrent_jobs",
+            noun="concurrent job",
+            used=lambda session, project, _: _count(
+                session, project.id, JobState.RUNNING, maximum=project.max_concurrent_jobs
+            ),
+            option="--limit-concurrent-jobs",
+            remedy="Wait until a running job finishes.",
+        ),
+        Quota(
+            name="queued_jobs",
+            noun="queued job",
+            used=lambda session, project, _: _count(session, project.id, *WAITING, maximum=project.max_queued_jobs),
+            option="--limit-queued-jobs",
+            remedy="Wait until a queued job starts, or cancel one.",
+        ),
+        Quota(
+            name="jobs_per_day",
+            noun="job",
+            period="day",
+            used=_today("num_created"),
+            option="--limit-jobs-per-day",
+        ),
+        Quota(
+            name="device_hours_per_month",
+            noun="device-hour",
+            period="month",
+            used=lambda session, project, now: ledger.month_seconds(session, project.id, now=now) / 3600,
+            option="--limit-device-hours",
+        ),
+        Quota(
+            name="stored_bytes",
+            noun="stored byte",
+            used=lambda session, project, _: ledger.stored_bytes(session, project.id),
+            option="--limit-stored-bytes",
+            remedy="Delete files, adapters or exports that you no longer need.",
+        ),
+        Quota(
+            name="plans_per_day",
+            noun="plan",
+            period="day",
+            used=_today("num_plans"),
+            option="--limit-plans-per-day",
+        ),
+        Quota(
+            name="tokens_per_day",
+            noun="inference token",
+            period="day",
+            used=_today("prompt_tokens", "completion_tokens"),
+            option="--limit-tokens-per-day",
+        ),
+    )
+}
+"""All quotas. A new one also needs the column, a field of `api.schemas.projects.ProjectLimits`, and a check."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class QuotaStatus:
     """A quota of a project and its current usage. limit: None: no limit."""
 
-    name: Limit
+    quota: Quota
     limit: float | None
     used: float
     resets_at: float | None
     """When `used` is reset to zero; None if it has no fixed time."""
 
     @property
+    def name(self) -> Limit:
+        return self.quota.name
+
+    @property
     def is_reached(self) -> bool:
         return self.limit is not None and self.used >= self.limit
 
+    def values(self) -> Json:
+        """Return the quota as in errors and in explanations of the API."""
+        resets_at = None if self.resets_at is None else int(self.resets_at)
+        return {"name": self.name, "limit": self.limit, "used": self.used, "resets_at": resets_at}
+
     def describe(self) -> str:
-        singular, plural = SAID[self.name]
-        return f"{_number(self.limit or 0)} {singular if self.limit == 1 else plural}"
+        """Return the limit with its unit, such as "4 queued jobs"."""
+        limit, noun = self.limit or 0, self.quota.noun
+        per = f" per {self.quota.period}" if self.quota.period else ""
+        return f"{_number(limit)} {noun}{'' if limit == 1 else 's'}{per}"
 
 
 def statuses(db: Database, *, caller: Caller, project: str) -> tuple[Project, list[QuotaStatus]]:
@@ -108,7 +183,7 @@ def statuses(db: Database, *, caller: Caller, project: str) -> tuple[Project, li
     with db.read() as session:
         row = projects.find(session, caller=caller, project=project)
         now = read_clock(session)
-        return row, [status_of(session, row, name, now=now) for name in COLUMNS]
+        return row, [status_of(session, row, name, now=now) for name in QUOTAS]
 
 
 def limit(
@@ -126,7 +201,7 @@ def limit(
     with db.write() as session:
         row = projects.find(session, caller=caller, project=project)
         for name, value in limits.items():
-            setattr(row, COLUMNS[name], value)
+            setattr(row, QUOTAS[name].column, value)
         details: Json = {"limits": dict(limits)}
         if highest_priority is not None:
             row.highest_priority = PriorityClass[highest_priority]
@@ -144,15 +219,7 @@ def check_submission(session: Session, caller: Caller, *, now: float, is_promise
     QuotaExceeded, and RateLimited for the daily job limit of the key.
     """
     check_key(session, caller, now=now, is_promised=is_promised)
-    project = project_of(session, caller.project_id)
-    names: list[Limit] = ["queued_jobs", "jobs_per_day", "device_hours_per_month"]
-    limited: list[Limit] = [name for name in names if getattr(project, COLUMNS[name]) is not None]
-    if limited:
-        serialize(session, f"quota {project.id}")
-    for name in limited:
-        status = status_of(session, project, name, now=now)
-        if status.is_reached:
-            raise exceeded(project, status, now=now)
+    _check(session, caller.project_id, "queued_jobs", "jobs_per_day", "device_hours_per_month", now=now)
 
 
 def check_plan(session: Session, caller: Caller, *, is_computed: bool, now: float) -> None:
@@ -177,22 +244,27 @@ def check_tokens(session: Session, project_id: str, *, now: float) -> None:
 
     Tokens count when a request has been answered, so requests that run at the same time may exceed the quota.
     """
-    project = project_of(session, project_id)
-    if project.max_tokens_per_day is not None:
-        status = status_of(session, project, "tokens_per_day", now=now)
-        if status.is_reached:
-            raise exceeded(project, status, now=now)
+    _check(session, project_id, "tokens_per_day", now=now, is_serialized=False)
 
 
 def check_resumption(session: Session, project_id: str, *, now: float) -> None:
     """Check that an existing job may return to the queue, as `check_submission` does. Raises QuotaExceeded."""
+    _check(session, project_id, "queued_jobs", now=now)
+
+
+def _check(session: Session, project_id: str, *names: Limit, now: float, is_serialized: bool = True) -> None:
+    """Raises QuotaExceeded for the first of these quotas that is reached.
+
+    is_serialized: until this transaction ends, no other one checks quotas of the project.
+    """
     project = project_of(session, project_id)
-    if project.max_queued_jobs is None:
-        return
-    serialize(session, f"quota {project.id}")
-    status = status_of(session, project, "queued_jobs", now=now)
-    if status.is_reached:
-        raise exceeded(project, status, now=now)
+    limited: list[Limit] = [name for name in names if QUOTAS[name].limit_of(project) is not None]
+    if limited and is_serialized:
+        serialize(session, f"quota {project.id}")
+    for name in limited:
+        status = status_of(session, project, name, now=now)
+        if status.is_reached:
+            raise exceeded(project, status, now=now)
 
 
 def check_priority(session: Session, caller: Caller, priority: Priority) -> None:
@@ -335,37 +407,13 @@ def _promised(session: Session, api_key_id: str) -> int:
 
 
 def status_of(session: Session, project: Project, name: Limit, *, now: float) -> QuotaStatus:
-    maximum: float | None = getattr(project, COLUMNS[name])
-    used, resets_at = 0.0, None
-    match name:
-        case "concurrent_jobs":
-            used = _count(session, project.id, JobState.RUNNING, maximum=maximum)
-        case "queued_jobs":
-            used = _count(session, project.id, *WAITING, maximum=maximum)
-        case "jobs_per_day":
-            today = ledger.day_of(now)
-            used, resets_at = (
-                ledger.total(session, project.id, "num_created", first_day=today),
-                (today + 1) * DAY_SECONDS,
-            )
-        case "plans_per_day":
-            today = ledger.day_of(now)
-            used, resets_at = (
-                ledger.total(session, project.id, "num_plans", first_day=today),
-                (today + 1) * DAY_SECONDS,
-            )
-        case "tokens_per_day":
-            today = ledger.day_of(now)
-            read, written = (
-                ledger.total(session, project.id, name, first_day=today)
-                for name in ("prompt_tokens", "completion_tokens")
-            )
-            used, resets_at = read + written, (today + 1) * DAY_SECONDS
-        case "device_hours_per_month":
-            used, resets_at = ledger.month_seconds(session, project.id, now=now) / 3600, ledger.next_month(now)
-        case "stored_bytes":
-            used = ledger.stored_bytes(session, project.id)
-    return QuotaStatus(name=name, limit=maximum, used=used, resets_at=resets_at)
+    quota = QUOTAS[name]
+    return QuotaStatus(
+        quota=quota,
+        limit=quota.limit_of(project),
+        used=quota.used(session, project, now),
+        resets_at=quota.resets_at(now),
+    )
 
 
 def _count(session: Session, project_id: str, *states: JobState, maximum: float | None = None) -> int:
@@ -417,7 +465,7 @@ def _advice(status: QuotaStatus, num_more: int, needing: str) -> str:
         return "Use smaller files." if needing == NEEDING else PREPARE_LESS
     if status.resets_at is not None:
         return f"Wait until the usage resets at {utc_time(status.resets_at)}."
-    return REMEDIES[status.name]
+    return status.quota.remedy
 
 
 def refusal(name: str, /, *, project: Project, status: QuotaStatus, now: float, **values: str | float) -> QuotaExceeded:
@@ -426,14 +474,9 @@ def refusal(name: str, /, *, project: Project, status: QuotaStatus, now: float, 
         name,
         project=project.name,
         limit=status.describe(),
-        option=OPTIONS[status.name],
+        option=status.quota.option,
         retry_after_seconds=math.inf if status.resets_at is None else status.resets_at - now,
-        quota={
-            "name": status.name,
-            "limit": status.limit,
-            "used": status.used,
-            "resets_at": None if status.resets_at is None else int(status.resets_at),
-        },
+        quota=status.values(),
         **values,
     )
 

@@ -13,8 +13,7 @@ from sqlalchemy.orm import Session
 from catalog.caller import Caller
 from catalog.db.database import Database, read_clock
 from catalog.errors import InvalidRequest
-from catalog.tables.tenancy import Organization, Project
-from catalog.tables.usage import StoredDay, UsageDay
+from catalog.tables.tenancy import Organization, Project, StoredDay, UsageDay
 from catalog.usage import ledger
 from catalog.usage.ledger import AMOUNTS
 

@@ -22,7 +22,7 @@ from catalog.tables.table import new_id
 from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint, WebhookTry
 from catalog.tasks import task_queue
 from catalog.tasks.task_queue import TaskClaim, TaskKind
-from catalog.webhooks import endpoints, outbox, sealed_urls, signing
+from catalog.webhooks import endpoints, outbox, signing
 from catalog.webhooks.outbox import EventType
 
 TURN_LEASE_SECONDS = 60.0
@@ -216,8 +216,8 @@ def _end_turn(session: Session, task: TaskClaim) -> None:
 
 def _url(endpoint: WebhookEndpoint, pepper: Pepper) -> str | None:
     try:
-        return sealed_urls.get(endpoint, peppers=pepper.all())
-    except sealed_urls.UrlLost:
+        return signing.get(endpoint, peppers=pepper.all())
+    except signing.UrlLost:
         return None
 
 

@@ -20,7 +20,7 @@ from catalog.errors import Conflict, NotFound
 from catalog.pepper import Pepper
 from catalog.tables.table import new_id
 from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint
-from catalog.webhooks import sealed_urls, signing
+from catalog.webhooks import signing
 from catalog.webhooks.outbox import EventType
 
 MAX_ENDPOINTS = 20
@@ -78,7 +78,7 @@ def create(
             created_at=now,
             updated_at=now,
         )
-        sealed_urls.put(row, url, peppers=pepper.all())
+        signing.put(row, url, peppers=pepper.all())
         session.add(row)
         note(session, row, "webhook_endpoint.created", now=now)
     return row, secret.text
@@ -113,7 +113,7 @@ def change(
         before = (row.name, row.sealed_url, row.event_types, row.disabled_at)
         row.name = row.name if changes.name is None else changes.name
         if changes.url is not None and not _has_url(row, changes.url, pepper):
-            sealed_urls.put(row, changes.url, peppers=pepper.all())
+            signing.put(row, changes.url, peppers=pepper.all())
         row.event_types = row.event_types if changes.event_types is None else _distinct(changes.event_types)
         if changes.enabled is True:
             row.disabled_at = row.disabled_reason = row.failing_since = None
@@ -198,8 +198,8 @@ def find(
 
 def _has_url(row: WebhookEndpoint, url: str, pepper: Pepper) -> bool:
     try:
-        return sealed_urls.get(row, peppers=pepper.all()) == url
-    except sealed_urls.UrlLost:
+        return signing.get(row, peppers=pepper.all()) == url
+    except signing.UrlLost:
         return False
 
 

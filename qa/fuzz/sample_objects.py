@@ -25,10 +25,8 @@ from catalog.storage import files, multipart_uploads
 from catalog.storage.store import Blob
 from catalog.sweeps import creation
 from catalog.tables.history import Checkpoint
-from catalog.tables.jobs import Job
-from catalog.tables.plans import Plan
+from catalog.tables.jobs import Job, Plan, Sweep
 from catalog.tables.storage import Adapter, File, Upload, UploadPart
-from catalog.tables.sweeps import Sweep
 from catalog.tables.table import Table
 from catalog.tables.tenancy import ApiKey, ModelPermission
 from catalog.tables.webhooks import WebhookDelivery, WebhookEndpoint

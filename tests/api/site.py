@@ -17,8 +17,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from api.middleware.connections import HttpConnection
-from api.server import Server, server_config
+from api.server import HttpConnection, Server, server_config
 
 PEPPER = b"p" * 32
 UNTIL_SECONDS = 30.0

@@ -17,8 +17,8 @@ from starlette.testclient import TestClient
 
 from api.app import create_app
 from api.openapi import Api
-from api.requests.query_parameters import query_parameters
-from catalog.spec.strict import Strict
+from api.requests.parameters import query_parameters
+from catalog.spec.model_fields import Strict
 from catalog.storage import files
 from tests.api.auth.test_authentication import OPEN_PATHS
 from tests.api.site import chat_lines

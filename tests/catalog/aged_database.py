@@ -22,16 +22,12 @@ from catalog.storage import multipart_uploads
 from catalog.storage.store import Blob
 from catalog.sweeps import controller, creation
 from catalog.sweeps import queries as sweep_queries
-from catalog.tables.audit import AuditEvent
 from catalog.tables.fleet import Trainer
 from catalog.tables.history import Attempt, Checkpoint, JobEvent, MetricBlock, TrackerRunRow
-from catalog.tables.jobs import Job, JobLabel
-from catalog.tables.plans import FileOverlap, Plan
+from catalog.tables.jobs import FileOverlap, Job, JobLabel, Plan, Sweep, Trial
 from catalog.tables.storage import Adapter, Artifact, File, Prepared, Upload, UploadPart
-from catalog.tables.sweeps import Sweep, Trial
 from catalog.tables.table import Table
-from catalog.tables.tenancy import ApiKey, ModelPermission
-from catalog.tables.usage import StoredDay, UsageDay
+from catalog.tables.tenancy import ApiKey, AuditEvent, ModelPermission, StoredDay, UsageDay
 from catalog.tables.webhooks import WebhookDelivery, WebhookTry
 from catalog.webhooks import delivery_log, delivery_queue, endpoints
 from catalog.webhooks.outbox import EVENT_TYPES

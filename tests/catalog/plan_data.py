@@ -6,7 +6,7 @@ from typing import Any
 
 from catalog.plans import claims, plans
 from catalog.settings import Settings
-from catalog.tables.plans import Plan
+from catalog.tables.jobs import Plan
 from tests.catalog.prepared_data import REPORT
 from tests.catalog.world import World, manifest, request
 

@@ -12,7 +12,7 @@ from catalog.lifecycle.recording import Course
 from catalog.queue.claiming import Claim
 from catalog.spec.sweep import SweepRequest
 from catalog.sweeps import controller, creation, queries
-from catalog.tables.sweeps import Sweep
+from catalog.tables.jobs import Sweep
 from tests.catalog.world import World, sha
 
 ON_ONE_DATABASE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)

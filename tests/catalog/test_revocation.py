@@ -19,11 +19,10 @@ from catalog.jobs import commands
 from catalog.revocation import Revocation, UnfinishedWork
 from catalog.states import JobState
 from catalog.sweeps import creation
-from catalog.tables.audit import AuditEvent
-from catalog.tables.batches import Batch
-from catalog.tables.exports import AdapterExport
-from catalog.tables.sweeps import Sweep
-from catalog.tables.tenancy import ApiKey
+from catalog.tables.jobs import Sweep
+from catalog.tables.serving import Batch
+from catalog.tables.storage import AdapterExport
+from catalog.tables.tenancy import ApiKey, AuditEvent
 from catalog.tenancy import api_keys, authentication, projects
 from catalog.tenancy.api_keys import KeyRequest
 from tests.catalog.sweeping import advance, sweep_of

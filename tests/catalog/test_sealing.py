@@ -9,18 +9,18 @@ import hmac
 import pytest
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from catalog import sealing
+from catalog.pepper import resealed, seal, unseal
 
 OLD, NEW = b"o" * 32, b"n" * 32
 PURPOSE = b"lorry: a test"
 
 
 def sealed(secret: str, pepper: bytes) -> str:
-    return sealing.seal(secret, purpose=PURPOSE, row_id="row", pepper=pepper)
+    return seal(secret, purpose=PURPOSE, row_id="row", pepper=pepper)
 
 
 def unsealed(text: str, *peppers: bytes, row_id: str = "row", purpose: bytes = PURPOSE) -> str | None:
-    return sealing.unseal(text, purpose=purpose, row_id=row_id, peppers=peppers)
+    return unseal(text, purpose=purpose, row_id=row_id, peppers=peppers)
 
 
 def test_stored_text_is_nonce_and_ciphertext_under_a_key_of_its_purpose() -> None:
@@ -45,15 +45,15 @@ def test_damaged_text_can_not_be_decrypted(damage: str) -> None:
     damaged = {"cut": text[:-3], "changed": ("B" if text[0] == "A" else "A") + text[1:]}.get(damage, damage)
 
     assert unsealed(damaged, NEW, OLD) is None
-    assert sealing.resealed(damaged, purpose=PURPOSE, row_id="row", peppers=[NEW, OLD]) is None
+    assert resealed(damaged, purpose=PURPOSE, row_id="row", peppers=[NEW, OLD]) is None
 
 
 def test_resealed_secret_opens_with_the_current_pepper() -> None:
     text = sealed("secret", OLD)
 
-    found = sealing.resealed(text, purpose=PURPOSE, row_id="row", peppers=[NEW, OLD])
+    found = resealed(text, purpose=PURPOSE, row_id="row", peppers=[NEW, OLD])
 
     assert found is not None
     assert unsealed(found, NEW) == "secret"
-    assert sealing.resealed(found, purpose=PURPOSE, row_id="row", peppers=[NEW, OLD]) == found, "current already"
-    assert sealing.resealed(text, purpose=PURPOSE, row_id="row", peppers=[NEW]) is None
+    assert resealed(found, purpose=PURPOSE, row_id="row", peppers=[NEW, OLD]) == found, "current already"
+    assert resealed(text, purpose=PURPOSE, row_id="row", peppers=[NEW]) is None

@@ -56,7 +56,7 @@ def test_missing_package_is_reported_and_the_service_continues(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv(COLLECTOR, "http://127.0.0.1:4318")
-    monkeypatch.delitem(sys.modules, "catalog.span_export", raising=False)
+    monkeypatch.delitem(sys.modules, "catalog.tracing", raising=False)
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.http.trace_exporter", None)
 
     tracing.start("api")

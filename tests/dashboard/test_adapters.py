@@ -7,7 +7,7 @@ from pathlib import Path
 
 from playwright.sync_api import expect
 
-from catalog.exports import claims, commands
+from catalog.exports import commands
 from catalog.pepper import Pepper
 from catalog.serving import deployments, endpoints
 from catalog.serving.endpoints import NewEndpoint
@@ -154,15 +154,15 @@ def _make_export(service: Service, folder: Path) -> None:
     """Make the waiting export, as a worker does."""
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")
-    claim = claims.begin(service.seeded.db, claim_task(service.seeded.db, TaskKind.EXPORT))
+    claim = commands.begin(service.seeded.db, claim_task(service.seeded.db, TaskKind.EXPORT))
     assert claim is not None
-    done = claims.ExportResult(
+    done = commands.ExportResult(
         manifest=service.seeded.store.put_folder(folder, kind="export"),
         verification={"max_abs_diff": 0.5, "tolerance": 2.0},
         cost={"base_seconds": 0.1, "merged_seconds": 0.11, "num_tokens": 128, "same_operations": True},
         hub_url=None,
     )
-    claims.finish(service.seeded.db, claim.task, done)
+    commands.finish(service.seeded.db, claim.task, done)
 
 
 def trained(service: Service) -> str:

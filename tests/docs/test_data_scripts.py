@@ -1,4 +1,4 @@
-"""The scripts of the pages that write data files write files that an upload accepts."""
+"""Scripts on the pages write files that an upload accepts, and the vLLM guide uses the options that Lorry uses."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 
 from catalog.datasets import validator
 from catalog.settings import Settings
+from lorry.cli import vllm
 from tests.docs.interpreters import environment
 from tests.docs.pages import ROOT, blocks
 
@@ -66,3 +67,9 @@ def _written_by(page: str, folder: Path) -> Path:
         if script.startswith("cat > ") and "OpenAI" not in script:
             subprocess.run(["bash", "-ec", script], cwd=work, env=environment(home, ROOT), check=True, timeout=120)
     return work
+
+
+def test_options_of_a_cpu_are_those_of_lorry() -> None:
+    guide = (ROOT / "docs" / "how-to" / "serve.md").read_text()
+
+    assert f" {' '.join(vllm._ON_CPU)} " in guide

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,47 +15,42 @@ from lorry.errors import NotConfigured
 SECRET = "5e" * 32
 
 
-def test_environment_wins_over_the_file(tmp_path: Path) -> None:
-    connection.write(tmp_path, Connection(url="http://127.0.0.1:1", api_key="of the file"))
-    environ = {"LORRY_DATA_DIR": str(tmp_path), "LORRY_URL": "https://lorry.example/v1/", "LORRY_API_KEY": "mine"}
-
-    assert connection.find(environ=environ) == Connection(url="https://lorry.example", api_key="mine")
+LOCAL, REMOTE = "http://127.0.0.1:8472", {"LORRY_URL": "http://b:2/v1", "LORRY_API_KEY": "remote"}
+FOLDER: dict[str, Any] = {"data_dir": True}
 
 
-def test_argument_wins_over_the_environment() -> None:
-    found = connection.find(url="http://a:1", api_key="x", environ={"LORRY_URL": "http://b:2", "LORRY_API_KEY": "y"})
+@pytest.mark.parametrize(
+    ("given", "environ", "url", "key"),
+    [
+        ({}, {}, LOCAL, "of the file"),
+        ({}, REMOTE, "http://b:2", "remote"),
+        ({}, {"LORRY_URL": f"{LOCAL}/v1"}, LOCAL, "of the file"),
+        ({}, {"LORRY_URL": f"{LOCAL}/v1", "LORRY_API_KEY": "mine"}, LOCAL, "mine"),
+        ({}, {"LORRY_URL": "http://127.0.0.1:8473"}, "http://127.0.0.1:8473", None),
+        ({"api_key": "given"}, {"LORRY_URL": f"{LOCAL}/v1"}, LOCAL, "given"),
+        ({"url": "http://a:1", "api_key": "x"}, REMOTE, "http://a:1", "x"),
+        ({"url": "http://a:1"}, REMOTE, "http://a:1", None),
+        ({"url": "http://b:2/"}, REMOTE, "http://b:2", "remote"),
+        ({"url": "http://a:1"}, {"LORRY_API_KEY": "mine"}, "http://a:1", "mine"),
+        (FOLDER, REMOTE, LOCAL, "of the file"),
+        (FOLDER, {"LORRY_API_KEY": "remote"}, LOCAL, "of the file"),
+    ],
+)
+def test_argument_wins_over_the_environment_and_that_over_the_file(
+    tmp_path: Path, given: dict[str, Any], environ: dict[str, str], url: str, key: str | None
+) -> None:
+    connection.write(tmp_path, Connection(url=LOCAL, api_key="of the file", identity_secret=SECRET))
+    arguments = {**given, "data_dir": tmp_path} if given == FOLDER else given
 
-    assert found == Connection(url="http://a:1", api_key="x")
+    found = connection.find(**arguments, environ={"LORRY_DATA_DIR": str(tmp_path), **environ})
+
+    assert (found.url, found.api_key) == (url, key)
 
 
-def test_connection_file_is_read_without_environment_variables(tmp_path: Path) -> None:
-    connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k", identity_secret=SECRET))
+def test_key_of_the_environment_is_not_used_for_a_folder_without_a_key(tmp_path: Path) -> None:
+    connection.write(tmp_path, Connection(url=LOCAL, api_key=None, identity_secret=SECRET))
 
-    assert connection.find(environ={"LORRY_DATA_DIR": str(tmp_path)}).api_key == "k"
-
-
-def test_explicit_data_directory_wins_over_the_environment(tmp_path: Path) -> None:
-    connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k", identity_secret=SECRET))
-
-    assert connection.find(data_dir=tmp_path, environ={"LORRY_URL": "http://b:2"}).url == "http://127.0.0.1:8472"
-
-
-def test_explicit_data_directory_uses_its_own_key(tmp_path: Path) -> None:
-    connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k", identity_secret=SECRET))
-    remote = {"LORRY_URL": "http://b:2", "LORRY_API_KEY": "remote"}
-
-    for environ in (remote, {"LORRY_API_KEY": "remote"}):
-        assert connection.find(data_dir=tmp_path, environ=environ).api_key == "k"
-
-
-def test_key_of_the_environment_is_used_only_for_its_service(tmp_path: Path) -> None:
-    connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key=None, identity_secret=SECRET))
-    environ = {"LORRY_URL": "http://b:2/v1", "LORRY_API_KEY": "remote"}
-
-    assert connection.find(data_dir=tmp_path, environ=environ).api_key is None
-    assert connection.find(url="http://a:1", environ=environ).api_key is None
-    assert connection.find(url="http://b:2/", environ=environ).api_key == "remote"
-    assert connection.find(url="http://a:1", environ={"LORRY_API_KEY": "mine"}).api_key == "mine"
+    assert connection.find(data_dir=tmp_path, environ=REMOTE).api_key is None
 
 
 def test_origin_names_the_source_of_the_address(tmp_path: Path) -> None:
@@ -71,16 +67,6 @@ def test_origin_names_the_source_of_the_address(tmp_path: Path) -> None:
         "The address comes from the variable LORRY_URL; without it, the address would be http://127.0.0.1:8472, "
         f"from {path}."
     )
-
-
-def test_key_of_the_file_is_used_if_the_variable_names_its_service(tmp_path: Path) -> None:
-    connection.write(tmp_path, Connection(url="http://127.0.0.1:8472", api_key="k", identity_secret=SECRET))
-    environ = {"LORRY_DATA_DIR": str(tmp_path), "LORRY_URL": "http://127.0.0.1:8472/v1"}
-
-    assert connection.find(environ=environ).api_key == "k"
-    assert connection.find(environ={**environ, "LORRY_API_KEY": "mine"}).api_key == "mine"
-    assert connection.find(environ={**environ, "LORRY_URL": "http://127.0.0.1:8473"}).api_key is None
-    assert connection.find(environ=environ, api_key="given").api_key == "given"
 
 
 def test_broken_file_is_ignored_if_the_variable_is_set(tmp_path: Path) -> None:

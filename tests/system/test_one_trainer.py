@@ -87,9 +87,7 @@ def test_a_paused_job_leaves_the_trainer_and_resumes_at_its_step(tmp_path: Path)
         assert len(queries.metrics(site.db, project_id=project_id, job_id=job_id, kind="train")) == 20
 
 
-def test_a_preempted_job_leaves_at_a_tick_and_ends_with_the_same_bytes(
-    tmp_path: Path,
-) -> None:
+def test_a_preempted_job_leaves_at_a_tick_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
     with worker_site(
         tmp_path,
         LORRY_MAX_JOBS_PER_TRAINER="1",

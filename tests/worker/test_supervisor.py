@@ -34,8 +34,8 @@ from worker.background.child_task import Abandoned
 from worker.context.context import WorkerContext
 from worker.entrypoints import loop
 from worker.gang.gang import gang_of
+from worker.next_work import free_capacity
 from worker.node import devices
-from worker.session.capacity import free_capacity
 from worker.session.failures import TrainerEnd
 
 

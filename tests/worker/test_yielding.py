@@ -11,7 +11,7 @@ from catalog.error_texts import ErrorText
 from catalog.errors import Unavailable
 from catalog.inference import engines
 from catalog.resources.memory import BaseModelMemory
-from catalog.tables.inference import WantedBase
+from catalog.tables.serving import WantedBase
 from catalog.tables.tasks import Task
 from catalog.tasks.task_queue import MAX_ATTEMPTS, TaskKind
 from tests.catalog.world import DESCRIPTION

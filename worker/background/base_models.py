@@ -20,7 +20,7 @@ from secrets import token_hex
 from catalog.disk import is_full
 from catalog.error_texts import ErrorText
 from catalog.errors import LorryError, OutOfSpace
-from catalog.process_exit import how_it_exited, is_killed
+from catalog.processes import how_it_exited, is_killed
 from catalog.registry import base_models
 from catalog.storage.manifest import ManifestFile, files_digest
 from catalog.tables.storage import BaseModelRow

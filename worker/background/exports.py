@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -15,18 +17,19 @@ from secrets import token_hex
 from catalog import failpoints
 from catalog.disk import full_disk_named
 from catalog.error_texts import ErrorText
-from catalog.errors import Forbidden, LorryError, NotFound, OutOfSpace, QuotaExceeded, Unavailable
-from catalog.exports import claims, hub_repositories, model_card
-from catalog.exports.claims import ExportClaim, ExportResult, WaitingExport
-from catalog.process_exit import how_it_exited, is_killed
+from catalog.errors import Forbidden, LorryError, NotFound, OutOfSpace, QuotaExceeded, Unavailable, listed
+from catalog.exports import commands, formats, model_card
+from catalog.exports.commands import ExportClaim, ExportResult, WaitingExport
+from catalog.exports.formats import Needs
+from catalog.processes import how_it_exited, is_killed
+from catalog.resources.memory import readable
 from catalog.storage.manifest import DamagedArtifact
 from catalog.tables.table import Json
 from catalog.tasks.task_queue import TaskClaim
-from worker.background import base_models, child_task, export_resources
+from worker.background import base_models, child_task
 from worker.background.child_task import Abandoned, ChildFailed
-from worker.background.export_resources import ScarceResources
 from worker.context.context import WorkerContext
-from worker.node import scratch_dirs
+from worker.node import devices, scratch_dirs
 from worker.process import sandbox
 from worker.protocol.errors import DISK_ERROR, OUT_OF_SPACE
 
@@ -54,30 +57,30 @@ def make_export(context: WorkerContext, task: TaskClaim) -> bool:
     becomes full counts: no attempt may repeat forever.
     """
     if task.is_exhausted:
-        claims.fail(context.db, task, _lost(task.num_attempts - 1))
+        commands.fail(context.db, task, _lost(task.num_attempts - 1))
         return True
-    if (scarcity := _scarcity(context, claims.inspect(context.db, task))) is not None:
+    if (scarcity := _scarcity(context, commands.inspect(context.db, task))) is not None:
         context.refused_exports[task.subject] = time.monotonic()
-        claims.refuse(context.db, task, scarcity)
+        commands.refuse(context.db, task, scarcity)
         return False
-    claim, is_unwanted = claims.begin(context.db, task), child_task.lost_lease(context, task)
+    claim, is_unwanted = commands.begin(context.db, task), child_task.lost_lease(context, task)
     try:
         with full_disk_named(), scratch_dirs.owned(context.scratch_dir() / f"export-{token_hex(8)}") as work:
             work.mkdir(parents=True)
             exported = _Attempt(context=context, claim=claim, work=work, is_unwanted=is_unwanted).run()
         failpoints.pass_by("before_export_finishes")
-        claims.finish(context.db, task, exported)
+        commands.finish(context.db, task, exported)
     except (ExportRefused, QuotaExceeded, NotFound, Forbidden) as error:
-        claims.fail(context.db, task, error)
+        commands.fail(context.db, task, error)
     except (ExportCrashed, OutOfSpace, base_models.ImportRefused, DamagedArtifact) as error:
         counted = _full_disk(context.worker_id, error) if isinstance(error, OutOfSpace) else error
         log.warning("%s", counted)
-        claims.retry(context.db, task, counted)
+        commands.retry(context.db, task, counted)
     except Abandoned:
-        claims.release(context.db, task)
+        commands.release(context.db, task)
     except Unavailable:
         with suppress(Unavailable):
-            claims.release(context.db, task, wait_seconds=RETRY_SECONDS)
+            commands.release(context.db, task, wait_seconds=RETRY_SECONDS)
         raise
     return True
 
@@ -100,7 +103,7 @@ def _scarcity(context: WorkerContext, waiting: WaitingExport) -> ScarceResources
     with full_disk_named():
         context.scratch_dir().mkdir(parents=True, exist_ok=True)
     try:
-        export_resources.check(
+        check_resources(
             waiting.needs,
             worker_id=context.worker_id,
             scratch=context.scratch_dir(),
@@ -144,7 +147,7 @@ class _Attempt:
     def _check_upload(self) -> None:
         """Find an upload that is not allowed before the work, which may take hours."""
         if self.claim.hub_repository is not None:
-            hub_repositories.check(self.claim.hub_repository, self.context.settings.named_hub_repositories())
+            formats.check_hub_repository(self.claim.hub_repository, self.context.settings.named_hub_repositories())
             self._run_uploader(None)
 
     def _write_files(self, adapter: Path, files: Path) -> Json:
@@ -292,3 +295,37 @@ def _crashed(worker_id: str, error: ChildFailed) -> ExportCrashed:
     if is_killed(error.returncode):
         return ExportCrashed("export_killed", worker_id=worker_id, exited=exited)
     return ExportCrashed("export_crashed", worker_id=worker_id, exited=exited, last_line=error.last_line)
+
+
+class ScarceResources(LorryError):
+    """This worker lacks disk space, memory or a program for the export. Another one may have it."""
+
+
+def check_resources(needs: Needs, *, worker_id: str, scratch: Path, store: Path | None, adapter_bytes: int) -> None:
+    """Raises ScarceResources.
+
+    scratch: an existing folder in which the export is written, next to a copy of the adapter. store: the folder of the
+    artifact store; None if it is a bucket.
+    """
+    uses = [("scratch files", scratch, adapter_bytes + needs.scratch_bytes)]
+    if store is not None:
+        uses.append(("the artifact store", store, needs.stored_bytes))
+    by_device: dict[int, list[tuple[str, Path, int]]] = defaultdict(list)
+    for use in uses:
+        by_device[use[1].stat().st_dev].append(use)
+    for on_device in by_device.values():
+        needed, free = sum(num_bytes for _, _, num_bytes in on_device), shutil.disk_usage(on_device[0][1]).free
+        if free < needed:
+            raise _too_little_space(worker_id, [name for name, _, _ in on_device], needed=needed, free=free)
+    free = devices.free_host_bytes()
+    if free < needs.memory_bytes:
+        raise ScarceResources(
+            "export_memory", memory_bytes=readable(needs.memory_bytes), worker_id=worker_id, free=readable(free)
+        )
+
+
+def _too_little_space(worker_id: str, uses: list[str], *, needed: int, free: int) -> ScarceResources:
+    """The message names no path, because users of any project may read it."""
+    return ScarceResources(
+        "export_out_of_space", needed=readable(needed), uses=listed(uses), worker_id=worker_id, free=readable(free)
+    )

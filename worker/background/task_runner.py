@@ -13,13 +13,13 @@ from typing import Self
 from catalog.errors import OutOfSpace, StaleClaim, Unavailable
 from catalog.tasks import task_queue
 from catalog.tasks.task_queue import TaskClaim, TaskKind
-from worker.background import base_models, exports, plan_inputs, tokenization
+from worker.background import base_models, exports, tokenization
 from worker.context.context import WorkerContext
 
 log = logging.getLogger(__name__)
 HANDLERS: Mapping[TaskKind, Callable[[WorkerContext, TaskClaim], bool]] = {
     TaskKind.IMPORT: base_models.import_base,
-    TaskKind.PLAN: plan_inputs.compute,
+    TaskKind.PLAN: tokenization.compute_plan,
     TaskKind.PREPARATION: tokenization.prepare,
     TaskKind.EXPORT: exports.make_export,
 }

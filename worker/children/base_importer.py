@@ -15,7 +15,7 @@ if __name__ == "__main__":
 from pathlib import Path
 
 from catalog.error_texts import ErrorText
-from catalog.process_inspection import deny_inspection
+from catalog.processes import deny_inspection
 from lora_core.base_model.model import describe_base
 from lora_core.errors import LoraCoreError
 from lora_core.model_files.import_base import import_base

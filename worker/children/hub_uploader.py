@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from catalog.error_texts import ErrorText
-from catalog.process_inspection import deny_inspection
+from catalog.processes import deny_inspection
 from worker.protocol.errors import disk_error
 from worker.protocol.mailbox import Json, read_json, write_json
 

@@ -36,8 +36,7 @@ from worker.node import scratch_dirs
 from worker.node.utilization import DeviceWatch, measure
 from worker.process import gguf_converter
 from worker.process.standby import Standby
-from worker.trackers.run_writer import writing_runs
-from worker.trackers.session import available
+from worker.trackers import available, writing_runs
 
 UNFIT = 78
 """Exit status of a worker with invalid settings, or whose version is incompatible with the service (EX_CONFIG)."""

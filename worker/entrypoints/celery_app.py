@@ -4,6 +4,7 @@ A lost message costs seconds, and a duplicate costs nothing: claims in the datab
 send messages after submissions, and periodically while work waits. An idle worker also polls the database. Run it with
 `python -m worker.entrypoints.celery_worker`.
 """
+# pyright: reportUnknownMemberType=false, reportUntypedFunctionDecorator=false
 
 # pyright: reportMissingTypeStubs=false, reportUnknownMemberType=false
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import ExitStack, closing, suppress
 from types import FrameType
 from typing import Any
@@ -28,15 +30,15 @@ from celery.signals import (
     worker_shutting_down,
 )
 
-from catalog import logs, tracing, variables
+from catalog import logs, tracing
 from catalog.db.database import Database
 from catalog.errors import OutOfSpace, Unavailable, UnfitWorker
 from catalog.fleet import compatibility
-from catalog.process_inspection import deny_inspection
+from catalog.processes import deny_inspection
 from catalog.queue.notifier import QUEUE, TRANSPORT_OPTIONS
+from catalog.settings import unknown_variables
 from lorry.local.parent_watch import die_with_parent
 from worker.context.context import UNFIT, WorkerContext, open_worker, settings_or_exit
-from worker.entrypoints.celery_polling import QueuePoller
 from worker.node import devices
 from worker.supervisor import supervise
 
@@ -46,11 +48,53 @@ POLL_SECONDS = 15.0
 BROKER_OF_NOBODY = "memory://"
 """The broker if none is set: the module can be imported, and a worker only polls."""
 
-app = Celery(
-    "lorry",
-    broker=settings_or_exit().resolved_redis_url() or BROKER_OF_NOBODY,
-    include=["worker.entrypoints.celery_tasks"],
-)
+
+class QueuePoller:
+    """Runs the turns of one pool process. Those without a message run on a separate thread."""
+
+    def __init__(self, work: Callable[[], None], *, seconds: float) -> None:
+        """work: works until nothing is left to do. seconds: the interval between two polls."""
+        self.seconds = seconds
+        self._work = work
+        self._busy = threading.Lock()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._poll_loop, name="queue-poller", daemon=True)
+
+    def begin(self) -> None:
+        """Start polling. Call it once per process, after the fork."""
+        self._thread.start()
+
+    def end(self) -> None:
+        """Stop polling. Waits for the current turn, whose worker has been asked to shut down."""
+        self._ended.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def work(self) -> None:
+        """Take a turn for a message. It waits for a turn of the polling thread to end. Meanwhile, further messages go
+        to idle workers, as during any turn for a message."""
+        with self._busy:
+            self._work()
+
+    def _poll_loop(self) -> None:
+        """Poll at intervals. Skips a poll during another turn, because that turn leaves nothing to do."""
+        while not self._ended.wait(self.seconds):
+            if self._busy.acquire(blocking=False):
+                try:
+                    self._poll()
+                finally:
+                    self._busy.release()
+
+    def _poll(self) -> None:
+        try:
+            self._work()
+        except (Unavailable, OutOfSpace) as error:
+            log.warning("%s", error)
+        except Exception:  # Celery also logs any error and waits for the next message
+            log.exception("A poll of the queue failed.")
+
+
+app = Celery("lorry", broker=settings_or_exit().resolved_redis_url() or BROKER_OF_NOBODY)
 app.conf.update(
     # Acknowledged on receipt: with late acknowledgement, a Redis restart ended the worker, and a task longer
     # than the visibility timeout ran again. The next poll compensates for a lost message.
@@ -127,7 +171,7 @@ def _refuse_unfit(**_: Any) -> None:
     protected from inspection like this one.
     """
     deny_inspection()
-    for warning in variables.unknown(os.environ):
+    for warning in unknown_variables(os.environ):
         log.warning("%s", warning)
     if settings_or_exit().gang is not None:
         log.error("A worker of a gang must poll, because no message announces a round. Start it with `lorry worker`.")
@@ -182,3 +226,9 @@ def _end(**_: Any) -> None:
         _context.shutdown.set()
     poller.end()
     _open.close()
+
+
+@app.task(name="lorry.work")
+def work(*_ignored: Any, **_also_ignored: Any) -> None:
+    """Work until nothing is left to do."""
+    poller.work()

@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from types import FrameType
 
-from catalog import logs, tracing, variables
+from catalog import logs, tracing
 from catalog.errors import OutOfSpace, Unavailable, UnfitWorker
-from catalog.process_inspection import deny_inspection
+from catalog.processes import deny_inspection
+from catalog.settings import unknown_variables
 from worker.context.context import UNFIT, WorkerContext, open_worker, settings_or_exit
 from worker.node import devices
 from worker.supervisor import supervise
@@ -36,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     logs.configure("info")
     deny_inspection()
-    for warning in variables.unknown(os.environ):
+    for warning in unknown_variables(os.environ):
         log.warning("%s", warning)
     device = devices.choose_device(options.device)
     devices.pin_to(device)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 
 from catalog import logs
-from catalog.process_inspection import deny_inspection
+from catalog.processes import deny_inspection
 from catalog.settings import Settings
 from lorry.local.child import Child
 from lorry.local.supervisor import TICK_SECONDS, Process, ProcessSupervisor

@@ -1,14 +1,16 @@
 """Runs a gang member that is not the leader: its devices work for the leader's trainer.
 
 A member has no claim, and writes nothing about a job except the output of its trainer. Its trainer is one of several
-that train together. It ends with the round, or when this worker can't reach the database any more.
+that train together. It ends with the round, or when this worker can't reach the database any more. The member reads
+from the database which jobs its trainer trains. It polls at intervals. Therefore a job's log may begin one poll before
+the job joined, and end one poll after the job left.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -17,16 +19,22 @@ from catalog.clock import boot_seconds
 from catalog.errors import LorryError
 from catalog.fleet import gangs
 from catalog.fleet.gangs import Call, NotGathered
+from catalog.history import job_logs
+from catalog.queue.claiming import Claim
+from catalog.states import EndReason
+from catalog.tables.history import Attempt
+from catalog.tables.jobs import Job
 from worker.background import base_models
 from worker.background.child_task import Abandoned
 from worker.background.task_runner import TaskRunner
 from worker.context.context import WorkerContext
 from worker.context.gang_membership import GangMembership
-from worker.gang.member_logs import MemberOutput
+from worker.process import exit_status
 from worker.process.launcher import TrainerProcess
 from worker.protocol.mailbox import Json
 from worker.protocol.rendezvous import meeting_settings
 from worker.session.failures import LocalExit, TrainerEnd, launch_failure, local_exit
+from worker.session.job_logs import Output
 from worker.session.session_job import End
 from worker.session.trainer_session import OUTAGES
 from worker.session.watchdog import cordon_if_unkillable
@@ -35,6 +43,8 @@ log = logging.getLogger(__name__)
 POLL_SECONDS = 0.2
 Launch = Callable[[WorkerContext, ExitStack, str, Json], TrainerProcess]
 """Launches a trainer with this id and these settings. It is killed with the stack."""
+LOG_POLL_SECONDS = 10.0
+"""Between two queries for the jobs whose logs get the output."""
 
 
 def participate(context: WorkerContext, membership: GangMembership, tasks: TaskRunner, launch: Launch) -> bool:
@@ -190,3 +200,74 @@ class _Participation:
 def _as_json(end: End | LocalExit, *, is_echo: bool = False) -> Json:
     """Return how a part ended, as the leader reads it. is_echo: a failure on another node may have caused it."""
     return {"reason": end.reason.value, "detail": end.detail, "is_echo": is_echo}
+
+
+class MemberOutput:
+    """The output of one member's part in one round."""
+
+    def __init__(self, context: WorkerContext, trainer: TrainerProcess, *, trainer_id: str, first_rank: int) -> None:
+        """trainer_id: the leader's trainer, which identifies the attempts."""
+        self._context = context
+        self._trainer = trainer
+        self._trainer_id = trainer_id
+        self._output = Output(context, trainer.directory, first_rank=first_rank)
+        self._seen: Mapping[int, int] = trainer.directory.log_starts
+        """The end of each file at the last poll."""
+        self._begun: set[str] = set()
+        """Claims whose output is being stored."""
+        self._over: set[str] = set()
+        """Claims whose last output is stored, and which the database query still returns."""
+        self._ended_after = 0.0
+        """Attempts that ended before this time, by the database's clock, have been handled."""
+        self._next_poll_at = 0.0
+
+    def push_due(self) -> None:
+        """At intervals, find the jobs that have joined or left, store the new output, and truncate long files."""
+        if time.monotonic() >= self._next_poll_at:
+            self._next_poll_at = time.monotonic() + LOG_POLL_SECONDS
+            self._poll()
+        self._output.push_due()
+
+    def end(self) -> None:
+        """Store the last output at the end of the part."""
+        self._poll()
+        for claim_id in self._begun:
+            self._output.end(claim_id)
+
+    def ask_stacks(self) -> None:
+        """Dump the stacks of this trainer if the leader's trainer was killed because it hung."""
+        timed_out = [attempt for attempt, _ in self._attempts() or () if attempt.reason == EndReason.TIMEOUT]
+        if timed_out:
+            exit_status.dump_stacks(self._trainer, f"On the leader's node: {timed_out[0].detail}")
+
+    def _poll(self) -> None:
+        now, found = self._output.ends(), self._attempts()
+        if found is None:
+            return
+        for attempt, job in found:
+            if attempt.claim_id not in self._begun | self._over:
+                self._begun.add(attempt.claim_id)
+                self._output.begin_at(_claim(attempt, job), self._seen, worker_id=attempt.worker_id)
+            is_over = attempt.ended_at is not None and attempt.reason != EndReason.TIMEOUT  # else stacks follow
+            if is_over:
+                self._output.end(attempt.claim_id)
+                self._begun.discard(attempt.claim_id)
+                self._over.add(attempt.claim_id)
+        self._over &= {attempt.claim_id for attempt, _ in found}
+        self._seen = now
+
+    def _attempts(self) -> list[tuple[Attempt, Job]] | None:
+        """Return the attempts with their jobs. None in an outage: no training waits for logs."""
+        try:
+            found, now = job_logs.attempts_of(self._context.db, self._trainer_id, ended_after=self._ended_after)
+        except OUTAGES as error:
+            log.warning("%s The output of the trainer is stored later.", error)
+            return None
+        self._ended_after = max(self._ended_after, now - job_logs.LATE_SECONDS)
+        return found
+
+
+def _claim(attempt: Attempt, job: Job) -> Claim:
+    """Return the leader's claim."""
+    claim_id, began = attempt.claim_id, attempt.started_at
+    return Claim(job=job, claim_id=claim_id, attempt=attempt.number, waited_since=began, resume_candidates=())

@@ -25,7 +25,7 @@ from typing import Any
 import uvicorn
 from sqlalchemy import make_url
 
-from catalog.inference.logprobs import text_logprobs
+from catalog.inference.answer_format import text_logprobs
 from catalog.settings import Settings
 from catalog.tables.table import Json
 from worker.inference.session import InferenceSession, OpenAnswer

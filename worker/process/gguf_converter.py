@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from catalog.errors import UnfitWorker
-from catalog.process_exit import how_it_exited
+from catalog.processes import how_it_exited
 from worker.process import sandbox
 from worker.process.confined_child import confined
 from worker.process.launcher import child_environment

@@ -18,8 +18,8 @@ from catalog.tables.table import Json
 from worker.context.context import WorkerContext
 from worker.protocol.mailbox import MalformedEvent, TrainerDirectory
 from worker.session import publishing, staging
+from worker.session.base_load import reason_for, strategy_for
 from worker.session.session_job import End, SessionJob, folders_of
-from worker.session.sharding import reason_for, strategy_for
 
 RETRYABLE_CODES = {
     "out_of_memory": EndReason.CUDA_OOM,

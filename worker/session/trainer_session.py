@@ -33,14 +33,12 @@ from worker.inference.session import InferenceSession
 from worker.protocol.mailbox import EventReader, InboxWriter, MalformedEvent, TrainerDirectory, Verb, applying
 from worker.protocol.trainer_paths import UnsafePath
 from worker.session import staging
-from worker.session.base_load import BaseLoad
+from worker.session.base_load import BaseLoad, strategy_for
 from worker.session.event_handlers import EventHandlers, Next
 from worker.session.failures import TrainerEnd, inbox_failure, job_failure
 from worker.session.job_logs import Output, cleaned
 from worker.session.memory_ledger import MemoryLedger
-from worker.session.metrics_buffer import Curve
-from worker.session.session_job import STOPPED, End, SessionJob, requested_verb
-from worker.session.sharding import strategy_for
+from worker.session.session_job import STOPPED, Curve, End, SessionJob, requested_verb
 
 log = logging.getLogger(__name__)
 OUTAGES = (Unavailable, OutOfSpace)

@@ -1,19 +1,22 @@
-"""/v1/serving/endpoints: inference servers that load adapters at run time."""
+"""/v1/serving/endpoints and /v1/adapters/{adapter}/deployments: inference servers, and the adapters on them."""
 
 from __future__ import annotations
 
 from api.auth.authentication import Operator, Signed
 from api.deps import IsRetry, Use
-from api.requests.path_parameters import ServingEndpoint
+from api.requests.parameters import Adapter, ServingEndpoint
 from api.routes import SIGNED, errors
 from api.routing import Router
 from api.schemas.pagination import ListPage, page_of
-from api.schemas.serving.deployments import DeploymentObject, deployment_object
 from api.schemas.serving.endpoints import (
+    DeploymentDeleted,
+    DeploymentObject,
+    DeploymentRequest,
     ServingEndpointDeleted,
     ServingEndpointObject,
     ServingEndpointReport,
     ServingEndpointRequest,
+    deployment_object,
     serving_endpoint_object,
 )
 from api.serving.adapter_files import check_folder
@@ -21,6 +24,7 @@ from catalog.serving import deployments, endpoints
 
 router = Router(prefix="/v1", tags=["serving"], responses=SIGNED)
 ENDPOINTS = "/serving/endpoints"
+DEPLOYMENTS = "/adapters/{adapter}/deployments"
 
 
 @router.post(ENDPOINTS, operation_id="create_serving_endpoint", responses=errors(404, 409))
@@ -88,3 +92,36 @@ def list_endpoint_deployments(endpoint: ServingEndpoint, use: Use, _caller: Oper
     """
     found = deployments.on_endpoint(use.db, endpoints.get(use.db, endpoint).id)
     return page_of([deployment_object(view, shows_server_text=True) for view in found])
+
+
+@router.post(DEPLOYMENTS, operation_id="create_deployment", responses=errors(404, 409))
+def create_deployment(adapter: Adapter, body: DeploymentRequest, use: Use, caller: Signed) -> DeploymentObject:
+    """Deploy an adapter of the project on a serving endpoint. It is loaded and verified in the background: poll its
+    `state`. A repeated request tries a failed deployment again at once.
+
+    Requires the scope `adapters:write`.
+    """
+    view = deployments.deploy(use.db, project_id=caller.project_id, adapter=adapter, endpoint=body.endpoint)
+    use.keepers.wake()
+    return deployment_object(view, shows_server_text=caller.is_operator)
+
+
+@router.get(DEPLOYMENTS, operation_id="list_deployments", responses=errors(404))
+def list_deployments(adapter: Adapter, use: Use, caller: Signed) -> ListPage[DeploymentObject]:
+    """List the serving endpoints on which an adapter is deployed, by name. Requires the scope `adapters:read`."""
+    found = deployments.of_adapter(use.db, project_id=caller.project_id, adapter=adapter)
+    return page_of([deployment_object(view, shows_server_text=caller.is_operator) for view in found])
+
+
+@router.delete(f"{DEPLOYMENTS}/{{endpoint}}", operation_id="delete_deployment", responses=errors(404, 409))
+def delete_deployment(
+    adapter: Adapter, endpoint: ServingEndpoint, use: Use, caller: Signed, is_retry: IsRetry
+) -> DeploymentDeleted:
+    """Unload an adapter of the project from a serving endpoint, in the background. The built-in engine answers from now
+    on. Requires the scope `adapters:write`."""
+    ident = deployments.undeploy(
+        use.db, project_id=caller.project_id, adapter=adapter, endpoint=endpoint, is_client_retry=is_retry
+    )
+    if ident:
+        use.keepers.wake()
+    return DeploymentDeleted(id=ident)

@@ -8,7 +8,7 @@ from starlette.responses import StreamingResponse
 
 from api.auth.authentication import Signed
 from api.deps import After, IsRetry, Limit, Use
-from api.requests.path_parameters import Adapter, ExportId, FilePath
+from api.requests.parameters import Adapter, ExportId, FilePath
 from api.routes import FILE, SIGNED, errors
 from api.routing import Router
 from api.schemas.adapters import ArtifactFiles, files_object

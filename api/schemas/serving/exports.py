@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from api.schemas import AdapterName, CreatedAt, Deleted, ErrorCode, ErrorMessage, MaxAbsDiff, ObjectId, Remedy
 from catalog.exports.formats import HUB_REPOSITORY, Format, Quantization
-from catalog.spec.strict import Strict
-from catalog.tables.exports import AdapterExport
+from catalog.spec.model_fields import Strict
+from catalog.tables.storage import AdapterExport
 
 ExportStatus = Literal["queued", "running", "succeeded", "failed", "cancelled"]
 

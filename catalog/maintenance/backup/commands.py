@@ -30,9 +30,9 @@ from catalog.settings import Settings
 from catalog.storage.manifest import DamagedArtifact, Manifest
 from catalog.storage.object_storage import create_missing_bucket
 from catalog.storage.store import ArtifactStore, blob_key, manifest_key, open_store
-from catalog.tables.audit import AuditEvent
 from catalog.tables.storage import Adapter, Artifact, File
 from catalog.tables.table import Json
+from catalog.tables.tenancy import AuditEvent
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

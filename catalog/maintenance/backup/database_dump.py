@@ -38,14 +38,14 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
-from catalog import durable
+from catalog import disk
 from catalog.db import revisions
 from catalog.db.database import BUSY_SECONDS, Database, read_clock
 from catalog.db.errors import translated
 from catalog.errors import Conflict
 from catalog.maintenance.backup import integrity, references
 from catalog.maintenance.backup.references import Keys
-from catalog.tables.audit import AuditHead
+from catalog.tables.tenancy import AuditHead
 
 ROWS_AT_ONCE = 200
 """Rows that are held in memory: some contain JSON of a megabyte."""
@@ -245,12 +245,12 @@ def _sqlite_restore(dump: Path, path: Path) -> None:
     The file appears under its name only after its content is synced to disk. It never overwrites the database of a
     service that was started in the meantime.
     """
-    durable.make_folder(path.parent)
+    disk.make_folder(path.parent)
     draft = path.with_name(f".{path.name}-restored")
     draft.unlink(missing_ok=True)  # a draft left by a killed restore may be a hard link to a live database
     try:
         shutil.copyfile(dump, draft)
-        durable.sync(draft)
+        disk.sync(draft)
         _check_no_files(path)
         os.link(draft, path)
     except FileExistsError:
@@ -258,4 +258,4 @@ def _sqlite_restore(dump: Path, path: Path) -> None:
         raise
     finally:
         draft.unlink(missing_ok=True)
-    durable.sync(path.parent)
+    disk.sync(path.parent)

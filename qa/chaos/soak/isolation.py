@@ -26,7 +26,7 @@ from catalog.pepper import Pepper
 from catalog.states import FINAL_STATES, JobState
 from catalog.tables.fleet import Worker
 from catalog.tables.jobs import Job
-from catalog.tables.usage import UsageDay
+from catalog.tables.tenancy import UsageDay
 from catalog.webhooks import endpoints
 from qa.chaos.service import FaultSite, children_of
 from qa.chaos.soak.assessment import Isolated, Stretch

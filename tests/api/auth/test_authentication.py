@@ -139,36 +139,6 @@ def test_openai_headers_must_name_the_keys_project_and_organization(
     assert "openai-organization" not in response.headers
 
 
-def test_resources_of_another_project_are_not_found(stranger: TestClient, client: TestClient, world: World) -> None:
-    job = world.submit()
-    announced = {"bytes": 1, "filename": "a", "mime_type": "text/plain", "purpose": "user_data"}
-    upload_id = client.post("/v1/uploads", json=announced).json()["id"]
-    theirs = [
-        ("POST", f"/v1/uploads/{upload_id}/parts"),
-        ("POST", f"/v1/uploads/{upload_id}/cancel"),
-        ("GET", f"/v1/files/{world.file_id}"),
-        ("GET", f"/v1/files/{world.file_id}/content"),
-        ("GET", f"/v1/files/{world.file_id}/report?model=smol"),
-        ("DELETE", f"/v1/files/{world.file_id}"),
-        *(("GET", f"/v1/fine_tuning/jobs/{job.id}{rest}") for rest in ("", "/events", "/checkpoints", "/metrics")),
-        *(("GET", f"/v1/fine_tuning/jobs/{job.id}{rest}") for rest in ("/why", "/data_report", "/attempts", "/stream")),
-        *(
-            ("POST", f"/v1/fine_tuning/jobs/{job.id}/{verb}")
-            for verb in ("cancel", "pause", "resume", "hold", "release")
-        ),
-    ]
-
-    for method, path in theirs:
-        response = stranger.request(method, path)
-
-        assert response.status_code == 404, (method, path, response.text)
-        error_of(response)
-    assert stranger.get("/v1/fine_tuning/jobs").json()["data"] == []
-    assert stranger.get("/v1/files").json()["data"] == []
-    assert stranger.get("/v1/queue").json()["jobs"] == []
-    assert client.get(f"/v1/fine_tuning/jobs/{job.id}").status_code == 200
-
-
 def test_sign_in_link_works_once(client: TestClient, anonymous: TestClient) -> None:
     body = {"token": new_token(client)}
 

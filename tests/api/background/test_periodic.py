@@ -12,9 +12,8 @@ import pytest
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 
-from api.background import supervisor
-from api.background.periodic import PERIODIC
-from api.background.supervisor import keep_running
+from api.background import periodic
+from api.background.periodic import PERIODIC, keep_running
 from api.deps import Services
 from api.streaming.hub import Feed
 from catalog.audit import chain
@@ -174,7 +173,7 @@ def test_crashed_background_task_is_logged_counted_and_restarted(
     asyncio.run(keep_running("streams", run, services.telemetry, sleep=sleep))
 
     assert len(runs) == 3
-    assert waits == [supervisor.RESTART_SECONDS] * 2
+    assert waits == [periodic.RESTART_SECONDS] * 2
     assert caplog.text.count("crash in the background task streams") == 2
     restarts = services.telemetry.registry.get_sample_value("lorry_background_restarts_total", {"task": "streams"})
     assert restarts == 2
@@ -193,7 +192,7 @@ def test_live_streams_survive_a_crash_of_their_feed(
         await original(feed)
 
     monkeypatch.setattr(Feed, part, crash_once)
-    monkeypatch.setattr(supervisor, "RESTART_SECONDS", 0.0)
+    monkeypatch.setattr(periodic, "RESTART_SECONDS", 0.0)
     job = world.submit()
     with (
         running(app, key) as site,

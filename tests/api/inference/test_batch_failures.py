@@ -10,7 +10,7 @@ import pytest
 
 from api.deps import Services
 from api.inference import batch_lines
-from catalog.tables.batches import Batch
+from catalog.tables.serving import Batch
 from tests.api.inference.batch_service import BatchTrainer, counts, create, input_line, rows_of, used_tokens, wait
 from tests.api.site import until
 from tests.catalog.world import World

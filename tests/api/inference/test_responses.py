@@ -1,4 +1,4 @@
-"""A whole answer is kept in a compact form of limited size, and becomes one JSON object."""
+"""A whole answer: its compact form of limited size, its JSON object, and its errors."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from api.inference.answer import Delta, PartialAnswer
+from api.inference.answer import AnswerInterrupted, Delta, PartialAnswer, failure
 from api.inference.responses import ChatFormat, TextFormat, head_of, whole
-from catalog.errors import InvalidRequest
+from catalog.errors import InvalidRequest, LorryError
+from catalog.inference.requests import AnswerFailed
 
 PLAIN: dict[str, Any] = {"token": "\u00e9", "logprob": -0.25, "bytes": [195, 169]}
 TOKEN = {**PLAIN, "top_logprobs": [PLAIN, {"token": "\ufffd", "logprob": -2.0, "bytes": None}]}
@@ -83,3 +84,32 @@ def test_size_of_the_log_probabilities_is_limited(monkeypatch: pytest.MonkeyPatc
 
     assert (raised.value.code, raised.value.param) == ("answer_too_large", "logprobs")
     assert "set stream to true" in raised.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "param"),
+    [
+        ("context_length_exceeded", InvalidRequest, "prompt"),
+        ("template_without_tools", InvalidRequest, "tools"),
+        ("out_of_memory", AnswerInterrupted, None),
+        ("disk_error", AnswerInterrupted, None),
+        ("inference_failed", AnswerFailed, None),
+    ],
+)
+def test_error_of_a_worker_becomes_one_of_the_api(code: str, kind: type[LorryError], param: str | None) -> None:
+    error = failure({"code": code, "message": "It is wrong.", "remedy": "Do better."}, prompt="prompt")
+
+    assert type(error) is kind
+    assert (error.code, error.param, error.sentence()) == (code, param, "It is wrong. Do better.")
+
+
+def test_text_that_is_kept_until_the_answer_is_complete_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("api.inference.answer.MAX_KEPT_BYTES", 10)
+    answer = PartialAnswer()
+    answer.keep(5)
+    answer.keep(5)
+
+    with pytest.raises(InvalidRequest) as raised:
+        answer.keep(1)
+
+    assert (raised.value.code, raised.value.param) == ("answer_too_large", "max_tokens")

@@ -13,8 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.server import ServerState
 
-from api.middleware.connections import MIN_BODY_BYTES, MIN_RESPONSE_BYTES, HttpConnection, Timeouts
-from api.server import server_config
+from api.server import MIN_BODY_BYTES, MIN_RESPONSE_BYTES, HttpConnection, Timeouts, server_config
 from tests.api.site import connect, read_to_end, running
 
 HEAD = b"GET / HTTP/1.1\r\nHost: x\r\n"

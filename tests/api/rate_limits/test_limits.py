@@ -14,8 +14,16 @@ from fastapi import FastAPI
 from starlette.testclient import TestClient
 
 from api.deps import Services
-from api.rate_limits.limits import CHECKS_BEYOND_FAILURES, FAILURES, MAX_BUCKETS, Buckets, Limits, duration
-from api.rate_limits.token_bucket import MAX_DEBT_SECONDS, Rate
+from api.rate_limits.limits import (
+    CHECKS_BEYOND_FAILURES,
+    FAILURES,
+    MAX_BUCKETS,
+    MAX_DEBT_SECONDS,
+    Buckets,
+    Limits,
+    Rate,
+    duration,
+)
 from api.settings import ApiSettings
 from catalog.caller import Caller
 from catalog.db.database import Database

@@ -176,13 +176,6 @@ def test_archive_contains_only_the_immutable_lineage_record(client: TestClient, 
         assert set(json.load(member)) == {"object", "adapter_id", "lineage_id", "lineage", "signature"}
 
 
-def test_adapters_are_hidden_from_other_projects(stranger: TestClient, adapter: Adapter) -> None:
-    for rest in ("", "/files", "/files/README.md", "/archive", "/lineage"):
-        assert stranger.get(f"/v1/adapters/{adapter.id}{rest}").status_code == 404
-    assert stranger.post(f"/v1/adapters/{adapter.id}/verify").status_code == 404
-    assert stranger.get("/v1/adapters").json()["data"] == []
-
-
 def test_name_of_a_model_of_openai_is_explained(client: TestClient, adapter: Adapter) -> None:
     of_openai, unknown = "ft:gpt-4o-mini-2024-07-18:acme::abc", f"{adapter.name}x"
 

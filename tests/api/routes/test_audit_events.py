@@ -120,6 +120,7 @@ def test_event_records_key_request_and_address(client: TestClient, operator: Tes
     assert event["actor"]["id"] == client.get("/v1/api_keys").json()["data"][1]["id"]
     assert event["project_id"] == world.caller.project_id
     assert event["link"] is None
+    assert event["details"] == {"model": "smol", "training_file": world.file_id, "method": "supervised"}
 
 
 @pytest.mark.parametrize("purpose", ["fine-tune"])

@@ -1,12 +1,20 @@
-"""The history of a job over HTTP: events, metrics, checkpoints, attempts and data reports."""
+"""The history of a job over HTTP: events, metrics, checkpoints, attempts, data reports and logs."""
 
 from __future__ import annotations
 
 import pytest
+from sqlalchemy import update
 from starlette.testclient import TestClient
 
+from api.deps import Services
+from catalog.errors import StaleClaim
+from catalog.history import job_logs
 from catalog.lifecycle import preparation, recording
+from catalog.maintenance import garbage_collection
 from catalog.queue import claims
+from catalog.queue.claiming import Claim
+from catalog.states import EndReason
+from catalog.tables.jobs import Job
 from tests.api.site import error_of
 from tests.catalog.prepared_data import REPORT
 from tests.catalog.world import World, begin_preparation, manifest
@@ -29,12 +37,15 @@ def test_events_are_paginated_newest_first(client: TestClient, world: World) -> 
     assert {event["type"] for event in everything} <= {"message", "metrics"}
 
 
-@pytest.mark.parametrize("after", ["x", "ftevent-", "ftevent-99999999", "ftevent-" + "9" * 40, "-1"])
-def test_unknown_event_cursor_is_rejected(client: TestClient, world: World, after: str) -> None:
-    response = client.get(f"{JOBS}/{world.submit().id}/events", params={"after": after})
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("after", after) for after in ("x", "ftevent-", "ftevent-99999999", "ftevent-" + "9" * 40, "-1")]
+    + [("type", "transition")],
+)
+def test_unknown_event_cursor_or_type_is_rejected(client: TestClient, world: World, name: str, value: str) -> None:
+    response = client.get(f"{JOBS}/{world.submit().id}/events", params={name: value})
 
-    assert response.status_code == 400
-    assert error_of(response)["param"] == "after"
+    assert (response.status_code, error_of(response)["param"]) == (400, name)
 
 
 def test_events_filtered_by_type_are_paginated(client: TestClient, world: World) -> None:
@@ -59,14 +70,6 @@ def test_events_filtered_by_type_are_paginated(client: TestClient, world: World)
     assert len(pages(type="metrics")) == 3
     after_a_metric = client.get(path, params={"type": "message", "after": everything[1]["id"]}).json()["data"]
     assert after_a_metric[0]["message"] == "word 2"
-
-
-def test_unknown_event_type_is_rejected(client: TestClient, world: World) -> None:
-    response = client.get(f"{JOBS}/{world.submit().id}/events", params={"type": "transition"})
-
-    assert response.status_code == 400
-    assert error_of(response)["param"] == "type"
-    assert "'message' or 'metrics'" in error_of(response)["message"]
 
 
 def test_metrics_checkpoints_and_attempts_are_listed(client: TestClient, world: World) -> None:
@@ -154,3 +157,86 @@ def test_report_for_an_unknown_model_names_available_models(client: TestClient, 
 
     assert response.status_code == 404
     assert "smol" in error_of(response)["message"]
+
+
+def path(claim: Claim) -> str:
+    return f"/v1/fine_tuning/jobs/{claim.job.id}/logs"
+
+
+def printed(services: Services, claim: Claim, text: str, *, rank: int = 0) -> None:
+    blob = services.store.put_bytes(text.encode())
+    job_logs.record(services.db, claim.claim_id, worker_id="w1", rank=rank, content=blob)
+
+
+def ended_ago(services: Services, seconds: float) -> None:
+    """Move the end of every job `seconds` into the past."""
+    with services.db.write() as session:
+        session.execute(update(Job).values(finished_at=Job.finished_at - seconds))
+
+
+@pytest.fixture
+def claim(services: Services, world: World) -> Claim:
+    """Return a job's second claim. Attempt 1 printed three lines, attempt 2 one line on each of two ranks."""
+    world.worker()
+    first = world.running()
+    printed(services, first, "Loading\nStep 1\nStep 2\n")
+    claims.end(world.db, first.claim_id, reason=EndReason.DRAINED, detail="")
+    (second,) = world.claim()
+    printed(services, second, "Step 2 again\n")
+    printed(services, second, "of the second process\n", rank=1)
+    return second
+
+
+def test_log_lines_are_paginated_and_searchable(client: TestClient, claim: Claim) -> None:
+    whole = client.get(path(claim)).json()
+    first = client.get(path(claim), params={"limit": 2}).json()
+    second = client.get(path(claim), params={"limit": 3, "after": first["data"][-1]["id"]}).json()
+
+    assert [(line["attempt"], line["rank"], line["number"], line["text"]) for line in whole["data"]] == [
+        (1, 0, 1, "Loading"),
+        (1, 0, 2, "Step 1"),
+        (1, 0, 3, "Step 2"),
+        (2, 0, 1, "Step 2 again"),
+        (2, 1, 1, "of the second process"),
+    ]
+    assert (first["has_more"], second["has_more"]) == (True, False)
+    assert first["data"] + second["data"] == whole["data"]
+    for query, found in (
+        ({"attempt": 2, "rank": 0}, ["Step 2 again"]),
+        ({"contains": "STEP 2"}, ["Step 2", "Step 2 again"]),
+        ({"contains": "nothing of it"}, []),
+        ({"attempt": 3}, []),
+    ):
+        answer = client.get(path(claim), params=query).json()  # pyright: ignore[reportArgumentType]
+        assert [line["text"] for line in answer["data"]] == found
+
+
+def test_invalid_log_parameters_are_named(client: TestClient, claim: Claim) -> None:
+    wrong = {"attempt": 0, "rank": -1, "limit": 1001, "contains": "", "after": "ftevent-1"}
+
+    for name, value in wrong.items():
+        assert error_of(client.get(path(claim), params={name: value}))["param"] == name
+
+
+def test_worker_writes_logs_only_of_its_own_attempts(services: Services, claim: Claim) -> None:
+    blob = services.store.put_bytes(b"forged\n")
+
+    with pytest.raises(StaleClaim):
+        job_logs.record(services.db, claim.claim_id, worker_id="w2", rank=0, content=blob)
+
+
+def test_logs_are_kept_for_a_month_then_garbage_collected(
+    client: TestClient, services: Services, world: World, claim: Claim
+) -> None:
+    world.complete(claim.claim_id)
+    digests = {services.store.put_bytes(text).digest for text in (b"Loading\nStep 1\nStep 2\n", b"Step 2 again\n")}
+
+    ended_ago(services, job_logs.KEPT_SECONDS - 60)
+    garbage_collection.drop_references(world.db)
+    assert digests <= garbage_collection.live_digests(world.db)
+    assert len(client.get(path(claim)).json()["data"]) == 5
+
+    ended_ago(services, 120)
+    garbage_collection.drop_references(world.db)
+    assert not digests & garbage_collection.live_digests(world.db)
+    assert client.get(path(claim)).json()["data"] == []

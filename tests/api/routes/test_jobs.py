@@ -79,42 +79,30 @@ def test_null_fields_equal_omitted_fields(client: TestClient, world: World) -> N
     assert create(client, world, **nulls).status_code == 200
 
 
-@pytest.mark.parametrize("field", ["training_file", "validation_file"])
-def test_file_of_another_project_is_not_found(client: TestClient, world: World, field: str) -> None:
-    theirs = world.file(caller=world.stranger)
+@pytest.mark.parametrize(
+    ("fields", "status", "param", "code", "fragment"),
+    [
+        ({"model": "gpt-4o-mini"}, 404, "model", "model_not_found", "smol"),
+        ({"training_file": "file-none"}, 404, "training_file", "file_not_found", "file-none"),
+        ({"validation_file": "file-none"}, 404, "validation_file", "file_not_found", "file-none"),
+        ({"lora": {"target_modules": ["c_attn"]}}, 400, "lora.target_modules", "unknown_target_modules", "q_proj"),
+    ],
+)
+def test_unknown_name_is_rejected_with_the_available_ones(
+    client: TestClient, world: World, fields: dict[str, Any], status: int, param: str, code: str, fragment: str
+) -> None:
+    response = create(client, world, **fields)
 
-    response = create(client, world, **{field: theirs})
-
-    assert response.status_code == 404
     error = error_of(response)
-    assert (error["param"], error["code"]) == (field, "file_not_found")
+    assert (response.status_code, error["param"], error["code"]) == (status, param, code)
+    assert fragment in error["message"]
 
 
 def test_validation_file_with_wrong_purpose_is_rejected(client: TestClient, world: World) -> None:
     response = create(client, world, validation_file=world.file(purpose="user_data"))
 
-    assert response.status_code == 400
     error = error_of(response)
-    assert (error["param"], error["code"]) == ("validation_file", "wrong_file_kind")
-    assert "fine-tune" in error["message"]
-
-
-def test_unknown_base_model_error_names_available_models(client: TestClient, world: World) -> None:
-    response = create(client, world, model="gpt-4o-mini")
-
-    assert response.status_code == 404
-    error = error_of(response)
-    assert (error["param"], error["code"]) == ("model", "model_not_found")
-    assert "smol" in error["message"]
-
-
-def test_unmatched_target_modules_error_names_available_modules(client: TestClient, world: World) -> None:
-    response = create(client, world, lora={"target_modules": ["c_attn"]})
-
-    assert response.status_code == 400
-    error = error_of(response)
-    assert error["param"] == "lora.target_modules"
-    assert "q_proj" in error["message"]
+    assert (response.status_code, error["param"], error["code"]) == (400, "validation_file", "wrong_file_kind")
 
 
 def test_idempotency_key_creates_one_job(client: TestClient, world: World) -> None:

@@ -202,10 +202,3 @@ def test_a_configuration_that_resolves_otherwise_is_rejected(
 
     assert error["code"] == "not_reproducible"
     assert "optimizer.beta1 0.9 instead of 0.5" in error["message"]
-
-
-def test_unknown_adapters_and_those_of_other_projects_are_not_found(
-    client: TestClient, stranger: TestClient, adapter: Adapter
-) -> None:
-    assert client.post("/v1/adapters/adapter-none/reproduce").status_code == 404
-    assert stranger.post(f"/v1/adapters/{adapter.id}/reproduce").status_code == 404

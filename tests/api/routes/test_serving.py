@@ -170,14 +170,18 @@ def test_projects_see_no_deployments_of_each_other(
         assert response.json()["error"]["code"] == "adapter_not_found"
 
 
-def test_adapter_of_another_base_model_is_not_deployed(
-    client: TestClient, operator: TestClient, adapter: Adapter, tmp_path: Path
+@pytest.mark.parametrize(
+    ("change", "reason"), [({"base_model": "smol"}, "base model"), ({"max_rank": 8}, "--max-lora-rank")]
+)
+def test_adapter_that_the_endpoint_can_not_serve_is_not_deployed(
+    client: TestClient, operator: TestClient, adapter: Adapter, tmp_path: Path, change: dict[str, Any], reason: str
 ) -> None:
-    operator.post(ENDPOINTS, json=body(tmp_path, base_model="smol"))
+    operator.post(ENDPOINTS, json=body(tmp_path, **change))
 
     error = client.post(deployments(adapter), json={"endpoint": "vllm-1"}).json()["error"]
 
     assert error["code"] == "not_servable"
+    assert reason in error["message"]
 
 
 def test_endpoint_of_the_same_base_model_under_another_name_serves_the_adapter(
@@ -190,18 +194,6 @@ def test_endpoint_of_the_same_base_model_under_another_name_serves_the_adapter(
     made = client.post(deployments(adapter), json={"endpoint": "vllm-1"})
 
     assert (made.status_code, made.json()["state"]) == (200, "pending")
-
-
-def test_adapter_above_the_rank_of_the_endpoint_is_not_deployed(
-    client: TestClient, operator: TestClient, adapter: Adapter, tmp_path: Path
-) -> None:
-    operator.post(ENDPOINTS, json=body(tmp_path, max_rank=8))
-
-    error = client.post(deployments(adapter), json={"endpoint": "vllm-1"}).json()["error"]
-
-    assert error["code"] == "not_servable"
-    assert "rank 16" in error["message"]
-    assert "--max-lora-rank" in error["message"]
 
 
 def test_unknown_endpoint_names_the_existing_ones(

@@ -24,8 +24,7 @@ from catalog.lifecycle import recording
 from catalog.registry import permissions
 from catalog.serving import deployments, endpoints
 from catalog.serving.endpoints import NewEndpoint
-from catalog.tables.exports import AdapterExport
-from catalog.tables.storage import UploadPart
+from catalog.tables.storage import AdapterExport, UploadPart
 from catalog.tables.table import Table
 from catalog.tables.tenancy import ModelPermission
 from catalog.tenancy import organizations

@@ -12,7 +12,7 @@ import pytest
 from api.deps import Services
 from api.job_objects import job_objects
 from api.schemas.jobs import FineTuningJob
-from api.streaming import hub, job_stream
+from api.streaming import hub, sources
 from catalog.caller import Caller
 from catalog.db.database import Database
 from catalog.history import changes, queries
@@ -282,9 +282,9 @@ def test_empty_poll_reads_only_the_jobs_row(world: World, monkeypatch: pytest.Mo
         row_counts.append(len(rows))
         return job_objects(db, rows, caller=caller)
 
-    monkeypatch.setattr(job_stream, "job_objects", counted)
+    monkeypatch.setattr(sources, "job_objects", counted)
     claim = world.running()
-    watch, _ = job_stream.JobWatch.start(world.db, caller=world.caller, job_id=claim.job.id, last_seen=None)
+    watch, _ = sources.JobWatch.start(world.db, caller=world.caller, job_id=claim.job.id, last_seen=None)
 
     world.pass_time(5, claim.claim_id)
     quiet = watch.poll()

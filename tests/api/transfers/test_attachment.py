@@ -23,7 +23,7 @@ import pytest
 from fastapi import FastAPI
 
 from api.deps import Services
-from api.middleware.connections import HttpConnection, Timeouts
+from api.server import HttpConnection, Timeouts
 from api.transfers.attachment import PIECE_BYTES, READ_BYTES, Downloads
 from catalog.errors import RateLimited
 from catalog.settings import Settings

@@ -10,8 +10,15 @@ from typing import Any
 
 import pytest
 
-from api.webhooks.http_sender import TESTS_OF_PROJECT, WebhookSender
-from api.webhooks.name_resolver import ABSENT_SECONDS, LOOKUPS_OF_PROJECT, MAX_LOOKUPS, NameResolver, NoAddress
+from api.webhooks.http_sender import (
+    ABSENT_SECONDS,
+    LOOKUPS_OF_PROJECT,
+    MAX_LOOKUPS,
+    TESTS_OF_PROJECT,
+    NameResolver,
+    NoAddress,
+    WebhookSender,
+)
 from catalog.webhooks.delivery_queue import DeliveryResult
 from catalog.webhooks.url_policy import Rules, networks_of
 from tests.api.hook_receiver import receiving

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from catalog.admission.accept import exported_shape
+from catalog.admission.parent import exported_shape
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.jobs import commands
 from catalog.registry import adapters, base_models
@@ -112,16 +112,6 @@ def test_continuing_a_pissa_adapter_uses_a_plain_adapter_of_twice_the_rank(use_r
     assert (plain.alpha, plain.alpha_pattern) == (times * 8, {"q": times * 3})
 
 
-def test_adapter_of_another_project_is_not_found(world: World, parent: Adapter) -> None:
-    theirs = world.file(caller=world.stranger)
-
-    for fields in ({"parent_adapter": parent.id}, {"model": parent.name}):
-        with pytest.raises(NotFound) as refused:
-            submitted(world, caller=world.stranger, training_file=theirs, **fields)
-        assert refused.value.code == "adapter_not_found"
-        assert refused.value.param in fields
-
-
 def test_child_must_use_the_base_model_of_its_parent(world: World, parent: Adapter) -> None:
     world.base("other")
 
@@ -181,15 +171,6 @@ def test_adapter_with_an_unfinished_child_job_cannot_be_deleted(world: World, pa
     adapters.delete(world.db, **named)
     with pytest.raises(NotFound):
         submitted(world, parent_adapter=parent.id)
-
-
-def test_adapter_lists_its_children(world: World, parent: Adapter) -> None:
-    named = {"project_id": world.caller.project_id, "name": parent.id}
-    assert adapters.children(world.db, **named) == []
-
-    child = trained(world, "child", model=BASE, parent_adapter=parent.id, seed=9)
-
-    assert [found.id for found in adapters.children(world.db, **named)] == [child.id]
 
 
 def test_kept_parent_weights_add_to_the_memory_of_a_job() -> None:

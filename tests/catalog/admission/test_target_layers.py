@@ -49,9 +49,7 @@ def test_jobs_and_plans_match_patterns_outside_write_transactions(wide: World) -
     assert num_parameters(wide, job.id) == num_parameters(wide, planned.id) == (4 + 2) * 128
 
 
-def test_child_jobs_match_parent_patterns_outside_write_transactions(
-    wide: World,
-) -> None:
+def test_child_jobs_match_parent_patterns_outside_write_transactions(wide: World) -> None:
     parent = wide.running(model="wide", lora=LORA)
     made = wide.complete(parent.claim_id)
 

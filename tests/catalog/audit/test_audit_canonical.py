@@ -33,9 +33,7 @@ def test_digest_covers_the_canonical_form_without_null_fields(world: World) -> N
     assert event["digest"] == hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
 
 
-def test_integers_beyond_canonical_json_are_sealed_as_text(
-    world: World,
-) -> None:
+def test_integers_beyond_canonical_json_are_sealed_as_text(world: World) -> None:
     caller = an_operator(world)
     quotas.limit(world.db, caller=caller, project="ours", limits={"stored_bytes": 2**53, "queued_jobs": 5})
     projects.set_weight(world.db, caller=caller, project="ours", weight=2)

@@ -14,8 +14,8 @@ from catalog.db.database import Database
 from catalog.maintenance import audit_anchors
 from catalog.pepper import Pepper
 from catalog.storage.object_storage import Objects
-from catalog.tables.audit import AuditEvent, AuditHead, RetiredKey
 from catalog.tables.table import Json
+from catalog.tables.tenancy import AuditEvent, AuditHead, RetiredKey
 from catalog.tenancy import projects
 from tests.catalog.world import PEPPER, World
 

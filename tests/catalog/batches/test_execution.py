@@ -15,7 +15,7 @@ from catalog.inference import requests
 from catalog.maintenance import garbage_collection
 from catalog.storage import files
 from catalog.storage.store import Blob
-from catalog.tables.batches import Batch, BatchLine
+from catalog.tables.serving import Batch, BatchLine
 from catalog.tables.storage import File
 from catalog.tables.tenancy import Project
 from catalog.usage import ledger

@@ -63,22 +63,23 @@ def test_process_rejects_with_the_same_message(tmp_path: Path, text: str) -> Non
     )
 
 
-def test_failed_process_is_reported_with_its_exit_status(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_process, "COMMAND", (sys.executable, "-c", "raise SystemExit(7)"))
+@pytest.mark.parametrize(
+    ("code", "reason", "remedy"),
+    [
+        ("raise SystemExit(7)", "exit status 7", ""),
+        ("import os; os.kill(os.getpid(), 9)", r"was killed by signal 9 \(SIGKILL\)", "memory"),
+    ],
+)
+def test_failed_process_is_reported_with_its_exit_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str, reason: str, remedy: str
+) -> None:
+    monkeypatch.setattr(check_process, "COMMAND", (sys.executable, "-c", code))
 
-    with pytest.raises(Unavailable, match="exit status 7") as failed:
+    with pytest.raises(Unavailable, match=reason) as failed:
         in_a_process(written(tmp_path, CHAT))
 
     assert failed.value.code == "preparation_failed"
-
-
-def test_killed_process_is_reported_with_its_signal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check_process, "COMMAND", (sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"))
-
-    with pytest.raises(Unavailable, match=r"was killed by signal 9 \(SIGKILL\)") as failed:
-        in_a_process(written(tmp_path, CHAT))
-
-    assert "memory" in failed.value.remedy
+    assert remedy in failed.value.remedy
 
 
 def test_process_inherits_no_secrets_from_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ from catalog.lifecycle import recording
 from catalog.queue import claims, preemption
 from catalog.scheduling.snapshot import USUAL
 from catalog.states import EndReason
-from catalog.sweeps import commands as sweep_commands
 from catalog.sweeps import controller
+from catalog.sweeps import queries as sweep_commands
 from catalog.tasks import task_queue
 from catalog.tasks.task_queue import TaskKind
 from tests.catalog.db.test_lock_order import after_the_first_call, wait_for_one_in_line

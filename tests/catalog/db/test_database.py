@@ -37,6 +37,8 @@ from tests.catalog.read_costs import statements_of
 from tests.catalog.world import World, request
 
 pytestmark = pytest.mark.both_databases
+ON_SQLITE = pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+ON_POSTGRESQL = pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
 
 
 def wait_in_line(database: Database, waiting: Future[Any]) -> None:
@@ -208,21 +210,18 @@ def test_locked_database_is_unavailable_and_unchanged(
     database.close()
 
 
-def test_sqlite_writers_queue_without_holding_a_connection(tmp_path: Path, migrated_database: Path) -> None:
-    (tmp_path / "lorry.db").write_bytes(migrated_database.read_bytes())
-    database = Database(f"sqlite:///{tmp_path / 'lorry.db'}")
-
+@ON_SQLITE
+def test_sqlite_writers_queue_without_holding_a_connection(db: Database) -> None:
     with ThreadPoolExecutor() as pool:
-        with database.write():
-            waiting = pool.submit(projects.ensure, database, "new")
-            wait_in_line(database, waiting)
-            taken = cast(QueuePool, database.engine.pool).checkedout()
-            with pytest.raises(Unavailable), database.write_briefly():
+        with db.write():
+            waiting = pool.submit(projects.ensure, db, "new")
+            wait_in_line(db, waiting)
+            taken = cast(QueuePool, db.engine.pool).checkedout()
+            with pytest.raises(Unavailable), db.write_briefly():
                 pass
         assert waiting.result(timeout=30).name == "new"
 
     assert taken == 1
-    database.close()
 
 
 def test_postgresql_jit_is_off(shared_postgres_url: str) -> None:
@@ -234,35 +233,33 @@ def test_postgresql_jit_is_off(shared_postgres_url: str) -> None:
     database.close()
 
 
-def test_waits_for_threads_and_for_processes_share_one_deadline(tmp_path: Path, migrated_database: Path) -> None:
-    (tmp_path / "lorry.db").write_bytes(migrated_database.read_bytes())
-    database = Database(f"sqlite:///{tmp_path / 'lorry.db'}")
+@ON_SQLITE
+def test_waits_for_threads_and_for_processes_share_one_deadline(db: Database) -> None:
     reported: list[int] = []
 
     def note(connection: Connection) -> None:
         left = connection.get_execution_options()["lorry_deadline"] - time.monotonic()
         reported.append(int(left * 1000))
 
-    event.listen(database.engine, "begin", note)
+    event.listen(db.engine, "begin", note)
 
     def enter() -> None:
-        with database.write():
+        with db.write():
             pass
 
     with ThreadPoolExecutor() as pool:
-        with database.write():
+        with db.write():
             waiting = pool.submit(enter)
-            wait_in_line(database, waiting)
+            wait_in_line(db, waiting)
             time.sleep(0.5)
         waiting.result(timeout=30)
-    with database.write_briefly():
+    with db.write_briefly():
         pass
 
     at_once, after_the_other, briefly = reported
     assert 0 < at_once <= 30_000
     assert after_the_other <= 29_500, "the second writer had already waited for half a second"
     assert briefly <= BRIEF_MILLISECONDS
-    database.close()
 
 
 def test_long_write_transaction_is_logged_with_its_caller(
@@ -310,12 +307,10 @@ def test_only_the_work_of_a_transaction_counts_as_long(
     assert db.num_long_writes == (db.engine.dialect.name in is_long_on)
 
 
-def test_full_disk_is_reported(tmp_path: Path, migrated_database: Path) -> None:
-    (tmp_path / "lorry.db").write_bytes(migrated_database.read_bytes())
-    database = Database(f"sqlite:///{tmp_path / 'lorry.db'}")
-
+@ON_SQLITE
+def test_full_disk_is_reported(db: Database) -> None:
     def fill() -> None:
-        with database.write() as session:
+        with db.write() as session:
             pages = session.scalar(text("pragma page_count"))
             session.execute(text(f"pragma max_page_count={pages}"))
             session.add_all([Organization(id=f"{i:0200d}", name=f"{i:0200d}", created_at=0) for i in range(200)])
@@ -323,9 +318,8 @@ def test_full_disk_is_reported(tmp_path: Path, migrated_database: Path) -> None:
     with pytest.raises(OutOfSpace, match="full"):
         fill()
 
-    with database.read() as session:
+    with db.read() as session:
         assert session.scalars(select(Organization)).all() == []
-    database.close()
 
 
 def test_unstorable_value_is_an_invalid_request(world: World) -> None:
@@ -343,7 +337,7 @@ def test_number_that_is_too_large_to_store_is_an_invalid_request(world: World) -
     assert refusal.value.code == "invalid_value"
 
 
-@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@ON_POSTGRESQL
 def test_read_only_database_is_unavailable(db: Database) -> None:
     def write() -> None:
         with db.write() as session:
@@ -370,13 +364,13 @@ def test_database_without_tables_is_reported_as_not_set_up(
     assert refusal.value.code == "database_not_set_up"
 
 
-@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+@ON_SQLITE
 def test_sqlite_commits_are_synced_to_disk(db: Database) -> None:
     with db.read() as session:
         assert session.scalar(text("pragma synchronous")) == 2
 
 
-@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@ON_POSTGRESQL
 def test_dead_idle_connections_are_replaced_before_use(db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("catalog.db.database.IDLE_SECONDS", 0.0)
     with db.read(), db.read() as second, db.read() as third:  # opens three connections
@@ -397,7 +391,7 @@ def test_dead_idle_connections_are_replaced_before_use(db: Database, monkeypatch
         assert [row.id for row in session.scalars(select(Organization))] == ["p"]
 
 
-@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@ON_POSTGRESQL
 def test_stalled_write_transaction_is_ended_after_the_idle_timeout(
     db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -423,7 +417,7 @@ def test_stalled_write_transaction_is_ended_after_the_idle_timeout(
     stuck.close()
 
 
-@pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
+@ON_POSTGRESQL
 def test_connection_in_use_at_close_is_closed_when_returned(db: Database) -> None:
     with db.read() as session:
         used: psycopg.Connection = session.connection().connection.driver_connection  # pyright: ignore[reportAssignmentType]

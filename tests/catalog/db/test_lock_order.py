@@ -24,8 +24,8 @@ from catalog.lifecycle import queue_position
 from catalog.lifecycle.queue_position import MoveTarget
 from catalog.queue import claims
 from catalog.serving import endpoints
-from catalog.storage import artifact_index, token_cache
-from catalog.storage.manifest import Manifest
+from catalog.storage import token_cache
+from catalog.storage.manifest import Manifest, show_artifact
 from catalog.tables.fleet import Worker
 from catalog.tables.jobs import Job
 from catalog.tables.serving import ServingEndpoint
@@ -86,7 +86,7 @@ def test_cache_can_be_stored_and_forgotten_concurrently(world: World, monkeypatc
             forgetting.append(pool.submit(token_cache.forget, world.db, "key"))
             wait_for_one_in_line(world.db)
 
-        monkeypatch.setattr(artifact_index, "show", after_the_first_call(artifact_index.show, forget_meanwhile))
+        monkeypatch.setattr(token_cache, "show_artifact", after_the_first_call(show_artifact, forget_meanwhile))
         put()
         forgetting[0].result()
 

@@ -25,14 +25,15 @@ from catalog.lifecycle import deadlines, queue_position, recording, recovery
 from catalog.maintenance import garbage_collection
 from catalog.plans import plans
 from catalog.queue import claims as queue_claims
-from catalog.queue import listing, pending, preemption
+from catalog.queue import listing, notifier, preemption
 from catalog.registry import adapters, permissions
 from catalog.scheduling.snapshot import USUAL
 from catalog.states import EndReason
-from catalog.storage import artifact_index, multipart_uploads
 from catalog.storage import files as catalog_files
-from catalog.sweeps import commands as sweep_commands
+from catalog.storage import multipart_uploads
+from catalog.storage.manifest import hide_unused
 from catalog.sweeps import controller, creation
+from catalog.sweeps import queries as sweep_commands
 from catalog.sweeps import queries as sweep_queries
 from catalog.tables.table import Table
 from catalog.tables.tenancy import ApiKey
@@ -152,7 +153,7 @@ ACTS: dict[str, Act] = {
     "explanation of an unprepared job": lambda w, _: explanation.explain(w.db, **w.of(w.submit().id)),
     "the queue of a project": lambda w, _: listing.snapshot(w.db, project_id=w.caller.project_id),
     "the queue of all projects": lambda w, _: listing.snapshot(w.db, project_id=None),
-    "check for pending work": lambda w, _: pending.has_work(w.db),
+    "check for pending work": lambda w, _: notifier.has_work(w.db),
     "the workers": lambda w, _: views.workers(w.db),
     "check for a faulty node": lambda w, _: cordons._cordon_if_bad(w.db, w.worker("new")),  # pyright: ignore[reportPrivateUsage]
     "metrics of the fleet": lambda w, _: metrics.read(w.db),
@@ -300,7 +301,7 @@ def _operator(world: World) -> Caller:
 
 def _hide(world: World) -> None:
     with world.db.write() as session:
-        artifact_index.hide_unused(session, manifest("adapter").digest)
+        hide_unused(session, manifest("adapter").digest)
 
 
 def test_frequent_statements_never_scan_growing_tables(world: World) -> None:

@@ -59,9 +59,7 @@ def count(db: Database) -> float:
         return session.execute(READ).scalar_one()
 
 
-def test_process_waits_for_few_transactions_of_a_busy_process(
-    shared_db: Database,
-) -> None:
+def test_process_waits_for_few_transactions_of_a_busy_process(shared_db: Database) -> None:
     overtaking: list[float] = []
 
     with flooded(shared_db):

@@ -118,17 +118,20 @@ def test_text_of_others_is_escaped(hostile: str) -> None:
     assert card.count("\n## ") == 4
 
 
-def test_vllm_is_not_recommended_for_an_adapter_that_it_rejects() -> None:
-    card = render(record(request={"lora": {"use_dora": True}})).decode()
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"request": {"lora": {"use_dora": True}}}, "vLLM can't load it:"),
+        (
+            {"base": {"description": {**DESCRIPTION, "architecture": "GPT2LMHeadModel"}}},
+            "vLLM does not support LoRA for the architecture GPT2LMHeadModel",
+        ),
+    ],
+)
+def test_vllm_is_not_recommended_for_what_it_can_not_load(changes: dict[str, Any], reason: str) -> None:
+    card = render(record(**changes)).decode()
 
-    assert "vLLM can't load it:" in card
-    assert "vllm serve" not in card
-
-
-def test_vllm_is_not_recommended_for_a_base_model_without_lora_support() -> None:
-    card = render(record(base={"description": {**DESCRIPTION, "architecture": "GPT2LMHeadModel"}})).decode()
-
-    assert "vLLM does not support LoRA for the architecture GPT2LMHeadModel" in card
+    assert reason in card
     assert "vllm serve" not in card
     assert "Start vLLM" not in card
 

@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 from sqlalchemy import select
 
 from catalog.caller import Caller
-from catalog.errors import Conflict, NotFound
-from catalog.fleet import cordons, metrics, workers
+from catalog.fleet import cordons, workers
 from catalog.fleet.cordons import Ended, failed_running, place
 from catalog.jobs import explanation
+from catalog.queue import claims
 from catalog.queue import claims as queue_claims
 from catalog.scheduling.snapshot import Capacity
 from catalog.states import EndReason, JobState
-from catalog.tables.audit import AuditEvent
 from catalog.tables.fleet import Worker
 from catalog.tables.jobs import Job
+from catalog.tables.tenancy import AuditEvent
 from tests.catalog import plan_data
 from tests.catalog.world import World, begin_plan, begin_preparation
 from worker.node.devices import Device, cpu
@@ -157,18 +157,6 @@ def test_place_of_a_device_survives_a_json_round_trip() -> None:
     assert len({repr(place([one])) for one in device}) == 3
 
 
-def test_successor_with_the_same_devices_inherits_the_cordon(world: World) -> None:
-    about: dict[str, Any] = {"host": "here", "pid": 1, "version": "1", "memory_bytes": 10**9}
-    devices = [cpu().as_json()]
-    workers.register_worker(world.db, worker_id="old", devices=devices, **about)
-    cordons.drain(world.db, "old")
-    workers.end_worker(world.db, "old")
-
-    workers.register_worker(world.db, worker_id="new", devices=devices, **about)
-
-    assert row(world, "new").cordon is not None
-
-
 def test_number_of_cordons_at_a_shared_place_is_preserved(world: World) -> None:
     for worker_id in ("w1", "w2", "w3"):
         world.worker(worker_id)
@@ -220,18 +208,6 @@ def test_successor_of_a_drained_worker_claims_nothing_until_uncordoned(world: Wo
     assert world.claim("new") == []
     cordons.uncordon(world.db, "new")
     assert len(world.claim("new")) == 1
-
-
-def test_unknown_or_ended_worker_is_rejected_by_name(world: World) -> None:
-    world.worker("gone")
-    workers.end_worker(world.db, "gone")
-
-    for act in (cordons.cordon, cordons.drain):
-        with pytest.raises(Conflict, match="Worker gone has stopped"):
-            act(world.db, "gone")
-    for act in (cordons.cordon, cordons.uncordon, cordons.drain):
-        with pytest.raises(NotFound, match="missing"):
-            act(world.db, "missing")
 
 
 def test_node_that_fails_three_jobs_in_a_row_is_cordoned_with_evidence(world: World) -> None:
@@ -417,14 +393,6 @@ def test_lost_workers_are_not_cordoned(world: World) -> None:
     assert row(world).cordon is None
 
 
-def test_metrics_count_cordoned_workers(world: World) -> None:
-    world.worker("w1")
-    world.worker("w2")
-    cordons.cordon(world.db, "w2")
-
-    assert metrics.read(world.db).workers_cordoned == 1
-
-
 def ends(*packs: str, reason: EndReason = EndReason.TRAINER_CRASHED) -> list[Ended]:
     """Return the ends of the jobs of one trainer per text. The letters of a text are the jobs."""
     return [
@@ -517,3 +485,47 @@ def test_failed_job_does_not_yield_to_a_job_too_large_for_its_worker(world: Worl
 
     world.pass_time(3)
     assert [again.job.id for again in world.claim()] == [claim.job.id]
+
+
+OF_GANG = {"gang": {"name": "pair", "workers": ["w1", "w2"]}}
+
+
+def fail_of_gang(world: World, trainer: str, *, at_fault: str | None, worker_id: str = "w1") -> None:
+    """Run one more job alone in a trainer of the gang, which this worker leads, and let it fail."""
+    workers.register_trainer(
+        world.db, trainer_id=trainer, worker_id=worker_id, base_digest="", pack_key="", report=OF_GANG
+    )
+    job = world.queued(seed=len(trainer))
+    (claim,) = [one for one in world.claim(worker_id, trainer_id=trainer) if one.job.id == job.id]
+    crashed = EndReason.TRAINER_CRASHED
+    claims.end(world.db, claim.claim_id, reason=crashed, detail="", blamed_worker_id=at_fault)
+
+
+@pytest.mark.parametrize(("at_fault", "cordoned"), [("w2", {"w2"}), ("w1", {"w1"}), (None, {"w1"}), ("", set[str]())])
+def test_gang_member_at_fault_is_cordoned(world: World, at_fault: str | None, cordoned: set[str]) -> None:
+    world.worker("w1")
+    world.worker("w2")
+
+    for number in range(3):
+        fail_of_gang(world, f"trainer-{number}", at_fault=at_fault)
+
+    assert {worker_id for worker_id in ("w1", "w2") if row(world, worker_id).cordon} == cordoned
+
+
+def test_success_with_a_gang_member_clears_its_failures(world: World) -> None:
+    world.worker("w1")
+    world.worker("w2")
+    for number in range(2):
+        fail_of_gang(world, f"trainer-{number}", at_fault="w2")
+    workers.register_trainer(world.db, trainer_id="good", worker_id="w1", base_digest="", pack_key="", report=OF_GANG)
+    world.clock.advance(3600)
+    for claim in world.claim("w1", trainer_id="good"):
+        world.complete(claim.claim_id)
+
+    fail_of_gang(world, "trainer-2", at_fault="w2")
+    after_one = row(world, "w2").cordon
+    for number in (3, 4):
+        fail_of_gang(world, f"trainer-{number}", at_fault="w2")
+
+    assert after_one is None
+    assert row(world, "w2").cordon is not None

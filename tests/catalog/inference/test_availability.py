@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import select, update
 
 from catalog.fleet import cordons, gangs
-from catalog.inference.availability import inference_states
+from catalog.inference.requests import inference_states
 from catalog.lifecycle import recording
 from catalog.registry import adapters, base_models
 from catalog.resources.pack_key import pack_key

@@ -13,9 +13,9 @@ from catalog.fleet import cordons, workers
 from catalog.inference import engines, requests
 from catalog.inference.engines import LOAD_FAILED, RESTART_SECONDS, WANTED_SECONDS
 from catalog.inference.requests import Model, NoWorker
-from catalog.queue import pending
+from catalog.queue import notifier
 from catalog.resources.pack_key import pack_key
-from catalog.tables.inference import WantedBase
+from catalog.tables.serving import WantedBase
 from catalog.tasks import task_queue
 from catalog.tasks.task_queue import MAX_ATTEMPTS, TaskClaim, TaskKind
 from tests.catalog.db.interleaving import after_statement
@@ -65,14 +65,14 @@ LOADED = ("trainer-w1", "w1:1", "secret of w1")
 
 
 def test_wanted_base_model_is_work_until_a_worker_loads_it(world: World) -> None:
-    assert (wanted(world), pending.has_work(world.db)) == ([], False)
+    assert (wanted(world), notifier.has_work(world.db)) == ([], False)
 
     assert want(world) is None
     want(world)
 
-    assert (wanted(world), pending.has_work(world.db)) == (["smol"], True)
+    assert (wanted(world), notifier.has_work(world.db)) == (["smol"], True)
     claimed = reserved(world)
-    assert (wanted(world), pending.has_work(world.db)) == ([], False)
+    assert (wanted(world), notifier.has_work(world.db)) == ([], False)
     world.load(KEY)
     engines.note_loaded(world.db, claimed)
     want(world)
@@ -238,7 +238,7 @@ def test_base_models_that_no_request_waits_for_are_forgotten(world: World) -> No
         assert [row.base_model for row in session.query(WantedBase)] == ["other"]
     world.clock.advance(WANTED_SECONDS)
     engines.remove_lapsed(world.db)
-    assert not pending.has_work(world.db)
+    assert not notifier.has_work(world.db)
 
 
 def test_base_model_is_not_forgotten_while_a_worker_loads_it(world: World) -> None:

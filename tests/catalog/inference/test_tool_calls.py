@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from catalog.datasets.row_json import parse_json
-from catalog.inference.tool_calls import ParsedCall, parse
+from catalog.inference.answer_format import ParsedCall, parse
 
 NAMES = {"get_weather", "add"}
 PARIS = ParsedCall(name="get_weather", arguments='{"city": "Paris"}')

@@ -1,4 +1,4 @@
-"""New jobs: initial state, visibility, idempotency, and paging of lists and events."""
+"""Jobs: creation, idempotency, lists by metadata and tags, data reports, and canceling, pausing and resuming."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from catalog.errors import Conflict, InvalidRequest, NotFound
-from catalog.history import queries
-from catalog.jobs import commands, explanation
-from catalog.lifecycle import recording
-from catalog.states import JobState
-from tests.catalog.world import World, request, sha
+from catalog.jobs import commands, data_reports
+from catalog.lifecycle import preparation, queue_position
+from catalog.queue import claims
+from catalog.states import EndReason, JobState
+from catalog.tables.storage import BaseModelRow
+from tests.catalog.world import World, begin_preparation, request, sha
 
 
 def test_new_job_waits_for_file_validation(world: World) -> None:
@@ -74,34 +75,6 @@ def test_identical_body_is_deduplicated_only_as_a_retry_within_ten_minutes(world
     assert retry.id == second.id
 
 
-@pytest.mark.parametrize("key", ["", "k" * 256])
-def test_idempotency_key_length_is_limited(world: World, key: str) -> None:
-    with pytest.raises(InvalidRequest, match="Idempotency-Key"):
-        world.send(request(training_file=world.file_id), idempotency_key=key)
-
-
-def test_jobs_of_another_project_are_not_found(world: World) -> None:
-    job = world.submit()
-    theirs: dict[str, Any] = {"project_id": world.stranger.project_id, "job_id": job.id}
-
-    for ask in (
-        commands.get,
-        commands.cancel,
-        commands.pause,
-        commands.resume,
-        explanation.explain,
-        queries.attempts,
-        queries.packmates,
-        queries.events_page,
-        queries.checkpoints_page,
-    ):
-        with pytest.raises(NotFound):
-            ask(world.db, **theirs)
-    with pytest.raises(NotFound):
-        queries.metrics(world.db, **theirs, kind="train")
-    assert commands.list_page(world.db, project_id=world.stranger.project_id).items == []
-
-
 def test_pages_have_no_gaps_or_repeats(world: World) -> None:
     made = [world.submit().id for _ in range(5)]
     seen: list[str] = []
@@ -120,39 +93,198 @@ def test_pages_have_no_gaps_or_repeats(world: World) -> None:
     assert refusal.value.code == "conflicting_value"
 
 
-def test_job_list_is_filtered_by_labels(world: World) -> None:
-    labels = [{"a": "1"}, None, {"a": "1", 'odd"key': "x"}, {"a": "2"}, {"a": "1"}]
-    made = [world.submit(metadata=each).id for each in labels]
-
-    def listed(metadata: dict[str, str], limit: int = 20) -> list[str]:
-        page = commands.list_page(world.db, project_id=world.caller.project_id, metadata=metadata, limit=limit)
-        return [job.id for job in page.items]
-
-    assert listed({"a": "1"}) == [made[4], made[2], made[0]]
-    assert listed({"a": "1"}, limit=1) == [made[4]]
-    assert listed({'odd"key': "x"}) == [made[2]]
-    assert listed({}) == [made[1]]
-
-
-def test_events_are_paged_newest_first(world: World) -> None:
-    claim = world.running()
-    for i in range(3):
-        recording.record_event(world.db, claim.claim_id, "info", f"event {i}")
-    of_job = world.of(claim.job.id)
-
-    first = queries.events_page(world.db, **of_job, limit=2)
-    second = queries.events_page(world.db, **of_job, after=first.items[-1].seq, limit=100)
-
-    assert [event.message for event in first.items] == ["event 2", "event 1"]
-    assert first.has_more
-    assert not second.has_more
-    assert second.items[0].message == "event 0"
-    for unknown in (10**30, -1, 10**9):
-        with pytest.raises(InvalidRequest):
-            queries.events_page(world.db, **of_job, after=unknown)
-
-
 def test_unstorable_id_is_rejected_or_not_found(world: World) -> None:
     for job_id in ("ftjob-\0", "ftjob-\ud800"):
         with pytest.raises((InvalidRequest, NotFound)):
             commands.get(world.db, **world.of(job_id))
+
+
+def found(world: World, **wanted: Any) -> list[str]:
+    page = commands.list_page(world.db, project_id=world.caller.project_id, **wanted)
+    return [job.id for job in page.items]
+
+
+def test_jobs_match_all_requested_metadata_and_tags(world: World) -> None:
+    both = world.submit(metadata={"team": "search", "run": "1"}, tags=["nightly", "q3", 'odd"tag']).id
+    one = world.submit(metadata={"team": "search"}, tags=["nightly"]).id
+    bare = world.submit().id
+    world.submit(caller=world.stranger, training_file=world.file(caller=world.stranger), tags=["nightly"])
+
+    assert found(world, metadata={"team": "search"}) == [one, both]
+    assert found(world, metadata={"team": "search", "run": "1"}) == [both]
+    assert found(world, metadata={"team": "search"}, tags=["q3"]) == [both]
+    assert found(world, tags=["nightly"]) == [one, both]
+    assert found(world, tags=["nightly"], limit=1) == [one]
+    assert found(world, tags=['odd"tag']) == [both]
+    assert found(world, tags=["team"]) == found(world, metadata={"nightly": ""}) == []
+    assert found(world, metadata={}) == [bare]
+    assert found(world, metadata={}, tags=["nightly"]) == []
+    assert found(world) == [bare, one, both]
+
+
+def test_pages_of_filtered_jobs_follow_each_other(world: World) -> None:
+    tagged = [world.submit(tags=["a"]).id for _ in range(3)]
+    other = world.submit().id
+    project = world.caller.project_id
+
+    first = commands.list_page(world.db, project_id=project, tags=["a"], limit=2)
+    rest = commands.list_page(world.db, project_id=project, tags=["a"], limit=2, after=first.items[-1].id)
+
+    assert [job.id for job in [*first.items, *rest.items]] == tagged[::-1]
+    assert (first.has_more, rest.has_more) == (True, False)
+    with pytest.raises(InvalidRequest, match="no item"):
+        commands.list_page(world.db, project_id=project, tags=["a"], after=other)
+
+
+def test_repeated_tag_counts_once(world: World) -> None:
+    job = world.submit(tags=["a", "a"])
+
+    assert found(world, tags=["a", "a"]) == [job.id]
+
+
+REFUSAL = {"refusal": {"code": "nothing_to_learn"}}
+NOTHING = {"code": "nothing_to_learn", "message": "No row has tokens to train on. Add rows."}
+
+
+def test_rejection_is_reported_for_its_model_only(world: World) -> None:
+    world.base("other")
+    with world.db.write() as session:
+        tokenizer = {"path": "tokenizer.json", "digest": sha("other"), "num_bytes": 1}
+        session.get_one(BaseModelRow, "other").manifest = {"files": [tokenizer]}
+    refused = world.submit()
+    unprepared = begin_preparation(world.db, "w1")
+    assert unprepared is not None
+    wanted = unprepared.files
+    world.put_tokens(wanted.train_key, file_digest=wanted.training.digest, artifact=None, report=REFUSAL)
+    preparation.refuse(world.db, unprepared.task, error=NOTHING)
+    waiting = world.submit(model="other")
+
+    of_file = {"project_id": world.caller.project_id, "file_id": world.file_id}
+    assert data_reports.of_job(world.db, **world.of(refused.id)).training == REFUSAL
+    assert data_reports.of_job(world.db, **world.of(waiting.id)).training is None
+    assert data_reports.of_file(world.db, **of_file, model="smol") == REFUSAL
+    assert data_reports.of_file(world.db, **of_file, model="other") is None
+
+
+def test_each_file_of_a_rejected_job_keeps_its_report(world: World) -> None:
+    job = world.submit(validation_file=world.file())
+    unprepared = begin_preparation(world.db, "w1")
+    assert unprepared is not None
+    wanted = unprepared.files
+    world.put_tokens(wanted.train_key, file_digest=sha("x"), artifact=None, report={"rows": 1})
+    world.put_tokens(wanted.valid_key or "", file_digest=sha("y"), artifact=None, report=REFUSAL)
+
+    preparation.refuse(world.db, unprepared.task, error=NOTHING)
+
+    reports = data_reports.of_job(world.db, **world.of(job.id))
+    assert (reports.training, reports.validation) == ({"rows": 1}, REFUSAL)
+
+
+def test_waiting_job_is_canceled_at_once(world: World) -> None:
+    validating = world.submit()
+    queued = world.queued()
+    paused = world.submit()
+    verbs: dict[str, Any] = {"project_id": world.caller.project_id}
+    commands.pause(world.db, job_id=paused.id, **verbs)
+
+    states = {commands.cancel(world.db, job_id=job.id, **verbs).state for job in (validating, queued, paused)}
+
+    assert states == {JobState.CANCELLED}
+    assert world.job(queued.id).finished_at is not None
+    assert world.job(queued.id).reason == EndReason.CANCELLED_BY_USER
+
+
+def test_running_job_is_canceled_by_its_worker(world: World) -> None:
+    claim = world.running()
+
+    requested = commands.cancel(world.db, **world.of(claim.job.id))
+    orders = world.beat(claim.claim_id)
+    state = claims.end(world.db, claim.claim_id, reason=EndReason.CANCELLED_BY_USER, detail="")
+
+    assert (requested.state, requested.cancel_requested) == (JobState.RUNNING, True)
+    assert orders[claim.claim_id].cancel
+    assert state == JobState.CANCELLED
+    assert not world.job(claim.job.id).cancel_requested
+
+
+def test_finished_job_cannot_be_canceled_paused_or_resumed(world: World) -> None:
+    job = world.submit()
+    commands.cancel(world.db, **world.of(job.id))
+
+    for verb in (commands.cancel, commands.pause, commands.resume):
+        with pytest.raises(Conflict) as refusal:
+            verb(world.db, **world.of(job.id))
+        assert refusal.value.code == "invalid_transition"
+        assert refusal.value.remedy
+
+
+def test_paused_job_with_prepared_files_resumes_into_the_queue(world: World) -> None:
+    job = world.queued()
+    verb = world.of(job.id)
+
+    assert commands.pause(world.db, **verb).state == JobState.PAUSED
+    assert commands.pause(world.db, **verb).state == JobState.PAUSED
+    assert commands.resume(world.db, **verb).state == JobState.QUEUED
+
+    assert world.transitions(job.id)[-2:] == [("paused", "validating_files"), ("validating_files", "queued")]
+
+
+def test_remedy_for_resuming_a_held_job_is_to_release_it(world: World) -> None:
+    job = world.queued()
+
+    def remedy() -> str:
+        with pytest.raises(Conflict) as refused:
+            commands.resume(world.db, **world.of(job.id))
+        return refused.value.remedy
+
+    assert remedy() == "No action is needed: the job continues without being resumed."
+    queue_position.hold(world.db, **world.of(job.id))
+    assert remedy() == f"The job is held. To let it start, release it with `lorry jobs release {job.id}`."
+
+
+def test_job_paused_before_preparation_is_prepared_after_resuming(world: World) -> None:
+    job = world.submit()
+    verb = world.of(job.id)
+    commands.pause(world.db, **verb)
+
+    assert begin_preparation(world.db, "w") is None
+    assert commands.resume(world.db, **verb).state == JobState.VALIDATING_FILES
+    assert begin_preparation(world.db, "w") is not None
+
+
+def test_running_job_is_paused_by_its_worker_and_resumes(world: World) -> None:
+    claim = world.running()
+    verb = world.of(claim.job.id)
+
+    commands.pause(world.db, **verb)
+    order = world.beat(claim.claim_id)[claim.claim_id]
+    state = claims.end(world.db, claim.claim_id, reason=EndReason.PAUSED_BY_USER, detail="")
+    commands.resume(world.db, **verb)
+
+    assert order.pause
+    assert state == JobState.PAUSED
+    assert world.claim()[0].attempt == 2
+    assert world.job(claim.job.id).counted_attempts == 0
+
+
+def test_withdrawn_pause_returns_the_job_to_the_queue(world: World) -> None:
+    claim = world.running()
+    verb = world.of(claim.job.id)
+    commands.pause(world.db, **verb)
+
+    commands.resume(world.db, **verb)
+    state = claims.end(world.db, claim.claim_id, reason=EndReason.PAUSED_BY_USER, detail="")
+
+    assert state == JobState.QUEUED
+
+
+def test_job_being_canceled_cannot_be_paused_or_resumed(world: World) -> None:
+    claim = world.running()
+    verb = world.of(claim.job.id)
+    commands.cancel(world.db, **verb)
+    commands.cancel(world.db, **verb)
+
+    for ask, code in ((commands.pause, "invalid_transition"), (commands.resume, "invalid_transition")):
+        with pytest.raises(Conflict, match="because it is being cancelled") as refusal:
+            ask(world.db, **verb)
+        assert (refusal.value.code, refusal.value.remedy) == (code, "To train again, create a new job.")

@@ -1,4 +1,4 @@
-"""How the end of an attempt determines the state of its job, for all combinations of inputs."""
+"""The end of an attempt determines the state of its job, and transitions that the table lacks are rejected."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import itertools
 import pytest
 
 from catalog.error_texts import templates
+from catalog.errors import Conflict
+from catalog.jobs import commands
 from catalog.lifecycle.failures import MAX_OUT_OF_MEMORY
 from catalog.lifecycle.outcomes import BACK_OFF_SECONDS, decide
+from catalog.lifecycle.transitions import move
 from catalog.states import (
     ENDINGS,
     FINAL_STATES,
@@ -19,6 +22,7 @@ from catalog.states import (
     Verb,
     next_state,
 )
+from tests.catalog.world import World
 
 REASONS = [reason for reason in EndReason if reason is not EndReason.COMPLETED]
 EVERYTHING = list(itertools.product(REASONS, (False, True), (False, True), range(MAX_COUNTED_ATTEMPTS)))
@@ -87,3 +91,28 @@ def test_final_states_are_final_and_reachable_from_every_state() -> None:
     for _ in JobState:
         reached |= {s for s in JobState if any(next_state(s, verb) in reached for verb in Verb)}
     assert reached == set(JobState)
+
+
+@pytest.mark.parametrize(
+    ("act", "remedy"),
+    [
+        (None, "Use an action that is allowed in this state: pause or cancel."),
+        (commands.pause, "Use an action that is allowed in this state: resume or cancel."),
+        (commands.cancel, "To train again, create a new job: a finished job can't be changed."),
+    ],
+)
+def test_rejected_transition_names_the_allowed_actions(world: World, act: object, remedy: str) -> None:
+    job = world.queued()
+    if callable(act):
+        act(world.db, **world.of(job.id))
+    state = world.job(job.id).state
+
+    with (
+        pytest.raises(
+            Conflict, match=f"'complete' is not allowed for job {job.id}, whose state is '{state}'"
+        ) as refused,
+        world.db.write() as session,
+    ):
+        move(session, world.job(job.id), Verb.COMPLETE, now=world.clock(), message="Done.")
+
+    assert (refused.value.code, refused.value.remedy) == ("invalid_transition", remedy)

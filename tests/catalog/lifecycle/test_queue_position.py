@@ -11,7 +11,7 @@ from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.jobs import commands, explanation
 from catalog.lifecycle import deadlines, queue_position, recording
 from catalog.lifecycle.queue_position import MoveTarget
-from catalog.queue import claims, listing, pending
+from catalog.queue import claims, listing, notifier
 from catalog.scheduling.snapshot import Capacity
 from catalog.states import EndReason
 from catalog.tables.jobs import Job
@@ -113,7 +113,7 @@ def test_held_job_is_prepared_but_waits_until_released(world: World) -> None:
         behind.id
     ]
     assert world.claim(pack_key=job.pack_key) == []
-    assert not pending.has_work(world.db)
+    assert not notifier.has_work(world.db)
     why = explanation.explain(world.db, **world.of(job.id))
     assert (why["is_held"], why["explanation"]) == (
         True,

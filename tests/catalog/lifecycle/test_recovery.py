@@ -190,9 +190,7 @@ def _lose(world: World, claimed: list[Claim]) -> None:
     world.pass_time(31)
 
 
-def test_jobs_train_alone_after_two_lost_workers_until_a_checkpoint(
-    world: World,
-) -> None:
+def test_jobs_train_alone_after_two_lost_workers_until_a_checkpoint(world: World) -> None:
     first, second = world.queued(), world.queued()
 
     _lose(world, world.claim())

@@ -12,7 +12,7 @@ from catalog.audit import chain
 from catalog.audit.chain import Misfit
 from catalog.maintenance import audit_anchors
 from catalog.storage.object_storage import Objects
-from catalog.tables.audit import AuditEvent, AuditHead
+from catalog.tables.tenancy import AuditEvent, AuditHead
 from catalog.tenancy import projects
 from tests.catalog.world import PEPPER, World
 

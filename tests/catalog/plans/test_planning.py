@@ -10,8 +10,8 @@ import pytest
 from catalog.error_texts import ErrorText
 from catalog.plans import duration
 from catalog.plans.duration import ExpectedStart, Measured, Occupied, Overheads, Runner, TrainingWork
-from catalog.resources import gpus
-from catalog.resources.gpus import CARDS, MIB
+from catalog.resources import sharding
+from catalog.resources.sharding import CARDS, MIB
 from catalog.resources.throughput import Speeds
 from catalog.serving import servability
 from catalog.spec import job_warnings
@@ -257,9 +257,9 @@ def test_vllm_reason_names_the_required_max_lora_rank() -> None:
 def test_smallest_gpu_is_the_first_that_fits() -> None:
     sizes = [card.memory_bytes for card in CARDS]
     assert sizes == sorted(sizes)
-    assert (gpus.smallest_card(15_000 * MIB) or CARDS[0]).gigabytes == 16
-    assert (gpus.smallest_card(16_000 * MIB) or CARDS[0]).gigabytes == 24
-    assert gpus.smallest_card(10**13) is None
+    assert (sharding.smallest_card(15_000 * MIB) or CARDS[0]).gigabytes == 16
+    assert (sharding.smallest_card(16_000 * MIB) or CARDS[0]).gigabytes == 24
+    assert sharding.smallest_card(10**13) is None
 
 
 WORK = TrainingWork(num_steps=10, tokens_per_step=100.0, valid_tokens=0, num_evaluations=0, num_parameters=10**9)

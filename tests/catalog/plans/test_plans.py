@@ -16,14 +16,13 @@ from catalog.plans import claims as plan_claims
 from catalog.plans import plans
 from catalog.plans.plans import MAX_COMPUTING, PLAN_SECONDS
 from catalog.queue import claims as queue_claims
-from catalog.queue import pending
+from catalog.queue import notifier
 from catalog.registry import base_models
 from catalog.spec.job import JobSpec, PlannedJob
 from catalog.states import EndReason
 from catalog.storage import files
 from catalog.tables.history import Attempt
-from catalog.tables.jobs import Job
-from catalog.tables.plans import FileOverlap, Plan
+from catalog.tables.jobs import FileOverlap, Job, Plan
 from catalog.tasks import task_queue
 from catalog.tasks.task_queue import MAX_ATTEMPTS, TaskKind
 from tests.catalog.plan_data import SETTINGS, know, plan, put, ready
@@ -105,13 +104,13 @@ def test_unusable_file_fails_the_plan_with_the_error_of_a_job(world: World) -> N
 
 def test_plan_is_computed_by_one_worker_at_a_time(world: World) -> None:
     row = plan(world, validation_file=world.file())
-    assert pending.has_work(world.db)
+    assert notifier.has_work(world.db)
 
     claim = begin_plan(world.db, "w1")
     assert claim is not None
     assert claim.task.subject == row.id
     assert begin_plan(world.db, "w2") is None
-    assert not pending.has_work(world.db)
+    assert not notifier.has_work(world.db)
     know(world, row, overlap=(7, 100))
     plan_claims.conclude(world.db, claim.task, settings=SETTINGS)
 
@@ -275,16 +274,6 @@ def test_expired_plan_and_its_row_are_removed(world: World) -> None:
         assert session.scalar(select(func.count()).select_from(FileOverlap)) == 0, (
             "its token caches are gone: no file here has them"
         )
-
-
-def test_plan_of_another_project_is_not_found(world: World) -> None:
-    row = ready(world)
-
-    for act in (plans.get, plans.delete):
-        with pytest.raises(NotFound):
-            act(world.db, project_id=world.stranger.project_id, plan_id=row.id)
-    with pytest.raises(NotFound):
-        submission.create(world.db, caller=world.stranger, request=PlannedJob(plan=row.id), body_digest="d")
 
 
 def test_expected_start_depends_on_free_workers_and_jobs_ahead(world: World) -> None:

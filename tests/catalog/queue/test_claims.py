@@ -192,9 +192,7 @@ def test_three_failures_without_a_new_checkpoint_quarantine_the_job(world: World
     assert "Last failure: trainer crashed. signal 2 Check the job's logs" in job.error["message"]
 
 
-def test_ends_before_the_job_started_do_not_count_until_the_limit(
-    world: World,
-) -> None:
+def test_ends_before_the_job_started_do_not_count_until_the_limit(world: World) -> None:
     claim = world.running()
     states: list[JobState] = []
     counted = 1

@@ -10,7 +10,7 @@ from catalog.errors import InvalidRequest
 from catalog.fleet import workers
 from catalog.jobs import commands, explanation
 from catalog.lifecycle import preparation
-from catalog.queue import claims, listing, pending
+from catalog.queue import claims, listing, notifier
 from catalog.registry import base_models
 from catalog.resources import throughput
 from catalog.resources.throughput import Speeds
@@ -93,23 +93,23 @@ def test_explanation_of_a_distant_job_counts_jobs_of_its_project(world: World, m
 
 
 def test_has_work_is_true_only_if_something_can_be_claimed(world: World) -> None:
-    assert not pending.has_work(world.db)
+    assert not notifier.has_work(world.db)
     job = world.submit()
-    assert pending.has_work(world.db)
+    assert notifier.has_work(world.db)
     world.prepare_all()
-    assert pending.has_work(world.db)
+    assert notifier.has_work(world.db)
 
     (claim,) = world.claim()
-    assert not pending.has_work(world.db)
+    assert not notifier.has_work(world.db)
     claims.end(world.db, claim.claim_id, reason=EndReason.TRAINER_CRASHED, detail="")
-    assert not pending.has_work(world.db)
+    assert not notifier.has_work(world.db)
     world.clock.advance(3)
-    assert pending.has_work(world.db)
+    assert notifier.has_work(world.db)
 
     commands.cancel(world.db, **world.of(job.id))
-    assert not pending.has_work(world.db)
+    assert not notifier.has_work(world.db)
     base_models.add(world.db, name="new", kind="hub", source="org/new", revision=None)
-    assert pending.has_work(world.db)
+    assert notifier.has_work(world.db)
 
 
 def test_explanation_of_a_job_in_validation(world: World) -> None:

@@ -168,7 +168,7 @@ def test_process_that_never_notifies_does_not_load_celery() -> None:
 
 def test_worker_consumes_the_queue_of_the_notifier() -> None:
     program = (
-        "from worker.entrypoints.celery_app import app; import worker.entrypoints.celery_tasks, json; c = app.conf; "
+        "from worker.entrypoints.celery_app import app; import worker.entrypoints.celery_app, json; c = app.conf; "
     )
     program += "print(json.dumps([c.task_default_queue, c.broker_transport_options, sorted(app.tasks)]))"
 

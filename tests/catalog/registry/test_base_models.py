@@ -24,16 +24,6 @@ from tests.catalog.db.interleaving import after_statement
 from tests.catalog.world import DESCRIPTION, LEASE, World, manifest, sha, try_claim
 
 
-def test_adding_the_same_base_is_idempotent_and_another_is_rejected(world: World) -> None:
-    first = base_models.add(world.db, name="b", kind="hub", source="org/b", revision="main")
-    again = base_models.add(world.db, name="b", kind="hub", source="org/b", revision="main")
-
-    assert (first.state, again.created_at) == ("importing", first.created_at)
-    with pytest.raises(Conflict) as refusal:
-        base_models.add(world.db, name="b", kind="hub", source="org/c", revision="main")
-    assert refusal.value.code == "already_exists"
-
-
 @pytest.mark.parametrize(
     ("name", "kind", "source", "code", "fragment"),
     [
@@ -170,16 +160,6 @@ def test_worker_that_lost_its_import_lease_changes_nothing(world: World) -> None
 
     row = base_models.get(world.db, "b")
     assert (row.state, row.digest, row.error) == ("ready", sha("b"), None)
-
-
-def test_bases_are_listed_and_found_by_name(world: World) -> None:
-    world.base("another")
-
-    assert [row.name for row in base_models.list_all(world.db)] == ["another", "smol"]
-    with pytest.raises(NotFound, match="'none'") as refusal:
-        base_models.get(world.db, "none")
-    assert refusal.value.code == "model_not_found"
-    assert "another, smol" in refusal.value.remedy
 
 
 def test_digest_of_a_base_depends_on_its_files_alone() -> None:

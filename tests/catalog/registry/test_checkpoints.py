@@ -57,9 +57,7 @@ def test_checkpoint_is_readable_as_an_adapter_by_name_and_id(world: World) -> No
     assert unknown.value.remedy.endswith("if another project shares it with yours, from GET /v1/models.")
 
 
-def test_checkpoint_becomes_a_model_when_its_weights_arrive(
-    world: World,
-) -> None:
+def test_checkpoint_becomes_a_model_when_its_weights_arrive(world: World) -> None:
     claim = world.running()
     for step in (1, 2, 3):
         files = manifest(f"c{step}", kind="checkpoint")

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 
 from catalog.resources import sharding
-from catalog.resources.gpus import CARDS, MIB
 from catalog.resources.memory import BaseModelMemory
-from catalog.resources.sharding import NEVER, Demand, DeviceGroup, ShardingStrategy, Wanted
+from catalog.resources.sharding import CARDS, MIB, NEVER, Demand, DeviceGroup, ShardingStrategy, Wanted
 from catalog.scheduling.ordering import order
 from catalog.scheduling.packing import choose_joiners, choose_pack
 from catalog.scheduling.preemption import Holder, Training

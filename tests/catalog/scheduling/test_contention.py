@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from catalog.history import queries
 from catalog.queue import charging, claiming
-from catalog.scheduling.fallbacks import MAX_FALLBACKS, snapshot_without
-from catalog.scheduling.scheduler import decide
+from catalog.scheduling.scheduler import MAX_FALLBACKS, decide, snapshot_without
 from catalog.scheduling.snapshot import USUAL, Candidate, Capacity, QueueSnapshot, Share
 from catalog.tables.jobs import Job
 from catalog.tenancy import projects

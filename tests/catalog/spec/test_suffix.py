@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from catalog.spec.job import JobRequest
-from catalog.spec.strict import LABEL
+from catalog.spec.model_fields import LABEL
 
 
 @pytest.mark.parametrize(

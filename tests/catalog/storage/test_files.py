@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import select
 
 from catalog.db.database import Database
-from catalog.errors import Conflict, InvalidRequest, LorryError, NotFound, OutOfSpace, TooLarge, Unavailable
+from catalog.errors import Conflict, InvalidRequest, LorryError, OutOfSpace, TooLarge, Unavailable
 from catalog.maintenance import garbage_collection
 from catalog.settings import Settings
 from catalog.states import FINAL_STATES, JobState
@@ -103,15 +103,6 @@ def add_job(
     return ident
 
 
-def test_upload_can_be_found_and_read(upload: Uploader, db: Database, store: ArtifactStore) -> None:
-    file = upload(ROW + b"\n" + ROW)
-
-    assert file.id.startswith("file-")
-    assert (file.num_rows, file.num_bytes, file.filename) == (2, len(ROW) * 2 + 1, "train.jsonl")
-    assert files.get(db, project_id="ours", file_id=file.id).digest == file.digest
-    assert b"".join(store.open_blob(file.digest)) == ROW + b"\n" + ROW
-
-
 def test_files_of_other_purposes_are_stored_unchanged(upload: Uploader) -> None:
     assert upload(b"\xff\x00", purpose="user_data").num_rows is None
 
@@ -178,18 +169,6 @@ def test_failed_transaction_lists_no_file(upload: Uploader, db: Database, monkey
     assert files.list_page(db, project_id="ours").items == []
 
 
-def test_file_of_another_project_is_not_found(upload: Uploader, db: Database) -> None:
-    file = upload()
-
-    for reach in (
-        lambda: files.get(db, project_id="theirs", file_id=file.id),
-        lambda: files.delete(db, project_id="theirs", file_id=file.id),
-    ):
-        with pytest.raises(NotFound):
-            reach()
-    assert files.list_page(db, project_id="theirs").items == []
-
-
 def test_pages_follow_each_other_in_both_orders(upload: Uploader, db: Database) -> None:
     ids = [upload().id for _ in range(5)]
     upload(purpose="user_data")
@@ -206,18 +185,6 @@ def test_pages_follow_each_other_in_both_orders(upload: Uploader, db: Database) 
 
 def ordered(page: Any) -> list[File]:
     return sorted(page.items, key=lambda file: (file.created_at, file.id), reverse=True)
-
-
-def test_deleted_file_is_gone_but_its_row_stays(upload: Uploader, db: Database) -> None:
-    file = upload()
-
-    files.delete(db, project_id="ours", file_id=file.id)
-
-    with pytest.raises(NotFound):
-        files.get(db, project_id="ours", file_id=file.id)
-    assert files.list_page(db, project_id="ours").items == []
-    with db.read() as session:
-        assert session.get_one(File, file.id).deleted_at is not None
 
 
 @pytest.mark.parametrize("state", JobState)

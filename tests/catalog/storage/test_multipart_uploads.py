@@ -16,7 +16,6 @@ from catalog.errors import (
     Conflict,
     InvalidRequest,
     LorryError,
-    NotFound,
     OutOfSpace,
     Unavailable,
 )
@@ -229,23 +228,6 @@ def test_completion_that_the_service_failed_does_not_count(sender: Sender, monke
                 sender.complete(upload_id, part)
 
     assert sender.complete(upload_id, part).file is not None
-
-
-def test_upload_of_another_project_is_not_found(sender: Sender) -> None:
-    upload_id = sender.begin(len(ONE))
-    part = sender.part(upload_id, ONE)
-    sender.project_id = sender.world.stranger.project_id
-    own_id = sender.begin(len(ONE))
-
-    for verb in (
-        lambda: sender.part(upload_id, ONE),
-        lambda: sender.complete(upload_id, part),
-        lambda: sender.cancel(upload_id),
-    ):
-        with pytest.raises(NotFound):
-            verb()
-    with pytest.raises(InvalidRequest, match="has no such part"):
-        sender.complete(own_id, part)
 
 
 @pytest.mark.parametrize(

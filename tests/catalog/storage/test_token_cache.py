@@ -13,14 +13,12 @@ from catalog.plans import claims as plan_claims
 from catalog.plans import plans
 from catalog.storage import files, token_cache
 from catalog.storage.store import Blob
-from catalog.tables.jobs import Job
-from catalog.tables.plans import Plan
+from catalog.tables.jobs import Job, Plan
 from catalog.tables.storage import BaseModelRow, File, Prepared
-from catalog.tables.tenancy import PLANS_PER_DAY
-from catalog.tables.usage import StoredBytes
+from catalog.tables.tenancy import PLANS_PER_DAY, StoredBytes
 from catalog.tenancy import api_keys, authentication, projects
 from catalog.tenancy.api_keys import KeyRequest
-from catalog.usage import ledger, stored_bytes
+from catalog.usage import ledger
 from tests.catalog.plan_data import SETTINGS, plan, ready
 from tests.catalog.prepared_data import REPORT
 from tests.catalog.usage.test_quotas import limit, upload
@@ -179,16 +177,16 @@ def test_read_only_key_does_not_use_up_the_plans_of_others(world: World) -> None
 
 def test_wrong_counters_are_corrected(world: World, caplog: pytest.LogCaptureFixture) -> None:
     world.running()
-    stored_bytes.reconcile(world.db)
+    ledger.reconcile(world.db)
     with world.db.write() as session:
         right = ledger.stored_bytes(session, world.caller.project_id)
         session.get_one(StoredBytes, world.caller.project_id).num_bytes = -5
 
-    assert stored_bytes.reconcile(world.db) == 1
+    assert ledger.reconcile(world.db) == 1
 
     assert stored(world) == right
     assert f"project={world.caller.project_id} by={right + 5}" in caplog.text
-    assert stored_bytes.reconcile(world.db) == 0
+    assert ledger.reconcile(world.db) == 0
 
 
 def _computed(world: World, max_length: int, *, num_bytes: int | None = None) -> None:

@@ -9,8 +9,8 @@ from catalog.errors import Conflict, NotFound
 from catalog.queue import claims
 from catalog.registry import adapters
 from catalog.states import EndReason, JobState
-from catalog.sweeps import commands
-from catalog.tables.audit import AuditEvent
+from catalog.sweeps import queries
+from catalog.tables.tenancy import AuditEvent
 from tests.catalog.sweeping import ON_ONE_DATABASE, advance, board, finish, make, of, train, view
 from tests.catalog.world import World
 
@@ -21,7 +21,7 @@ def test_running_trial_is_stopped_by_its_worker(world: World) -> None:
     sweep_id = make(world)
     claimed = train(world)
 
-    commands.stop_trial(world.db, **of(world, sweep_id), number=1)
+    queries.stop_trial(world.db, **of(world, sweep_id), number=1)
 
     assert world.job(claimed[1].job.id).cancel_requested
     claims.end(world.db, claimed[1].claim_id, reason=EndReason.CANCELLED_BY_USER, detail="Cancelled.")
@@ -32,13 +32,13 @@ def test_running_trial_is_stopped_by_its_worker(world: World) -> None:
 def test_waiting_trial_is_stopped_at_once(world: World) -> None:
     sweep_id = make(world, parameters=ONE)
 
-    commands.stop_trial(world.db, **of(world, sweep_id), number=0)
+    queries.stop_trial(world.db, **of(world, sweep_id), number=0)
 
     (trial,) = board(world, sweep_id)
     assert (trial.job.state, trial.job.reason) == (JobState.CANCELLED, EndReason.PRUNED)
     with pytest.raises(Conflict):
-        commands.stop_trial(world.db, **of(world, sweep_id), number=0)
-    commands.stop_trial(world.db, **of(world, sweep_id), number=0, is_client_retry=True)
+        queries.stop_trial(world.db, **of(world, sweep_id), number=0)
+    queries.stop_trial(world.db, **of(world, sweep_id), number=0, is_client_retry=True)
     advance(world)
     assert view(world, sweep_id).sweep.state == "failed"
 
@@ -50,13 +50,13 @@ def test_trial_that_a_sweep_has_yet_to_create_is_awaited(world: World) -> None:
 
     def refusal(number: int) -> NotFound:
         with pytest.raises(NotFound) as refused:
-            commands.stop_trial(world.db, **of(world, sweep_id), number=number)
+            queries.stop_trial(world.db, **of(world, sweep_id), number=number)
         return refused.value
 
     assert refusal(29).message == f"Trial 29 of sweep {sweep_id} has not been created yet."
     assert refusal(29).remedy == f"Send the request again once GET /v1/sweeps/{sweep_id}/trials lists the trial."
     assert refusal(30).message == f"Sweep {sweep_id} has no trial 30."
-    commands.close(world.db, **of(world, sweep_id))
+    queries.close(world.db, **of(world, sweep_id))
     assert refusal(29).message == f"Sweep {sweep_id} has no trial 29."
 
 
@@ -80,7 +80,7 @@ def test_missing_best_adapter_of_a_sweep_is_explained(world: World) -> None:
     assert "was deleted" in remedy(sweep_id)
 
     failed = make(world, parameters=ONE, seed=1)
-    commands.stop_trial(world.db, **of(world, failed), number=0)
+    queries.stop_trial(world.db, **of(world, failed), number=0)
     advance(world)
     assert "without a successful trial" in remedy(failed)
 
@@ -89,10 +89,10 @@ def test_missing_best_adapter_of_a_sweep_is_explained(world: World) -> None:
 def test_user_actions_on_a_sweep_are_audited_once(world: World) -> None:
     sweep_id = make(world, max_concurrent=1)
     for _ in range(2):
-        commands.close(world.db, **of(world, sweep_id))
-    commands.stop_trial(world.db, **of(world, sweep_id), number=0)
+        queries.close(world.db, **of(world, sweep_id))
+    queries.stop_trial(world.db, **of(world, sweep_id), number=0)
     for _ in range(2):
-        commands.cancel(world.db, **of(world, sweep_id))
+        queries.cancel(world.db, **of(world, sweep_id))
 
     with world.db.read() as session:
         types = session.scalars(select(AuditEvent.type)).all()

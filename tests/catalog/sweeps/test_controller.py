@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from catalog.errors import Conflict, InvalidRequest, NotFound
@@ -16,10 +14,10 @@ from catalog.registry import adapters, base_models
 from catalog.spec.sweep import TPE_AT_ONCE
 from catalog.states import EndReason, JobState
 from catalog.storage import files
-from catalog.sweeps import commands as sweep_commands
 from catalog.sweeps import controller, creation
+from catalog.sweeps import queries as sweep_commands
 from catalog.sweeps import queries as sweep_queries
-from catalog.tables.sweeps import Sweep
+from catalog.tables.jobs import Sweep
 from tests.catalog.read_costs import statements_of
 from tests.catalog.sweeping import (
     ON_ONE_DATABASE,
@@ -409,17 +407,3 @@ def test_repeated_submission_creates_one_sweep(world: World) -> None:
     with pytest.raises(Conflict, match="already used to create sweep"):
         send(world, sweep_request(world, seed=3), idempotency_key="one")
     assert len(job_commands.list_page(world.db, project_id=world.caller.project_id).items) == 8
-
-
-@ON_ONE_DATABASE
-def test_sweep_of_another_project_is_not_found(world: World) -> None:
-    sweep_id = make(world)
-    theirs: dict[str, Any] = {"project_id": world.stranger.project_id, "sweep_id": sweep_id}
-
-    for look in (sweep_queries.get, sweep_queries.leaderboard, sweep_commands.cancel, sweep_commands.close):
-        with pytest.raises(NotFound):
-            look(world.db, **theirs)
-    with pytest.raises(NotFound):
-        sweep_commands.stop_trial(world.db, **theirs, number=0)
-    with pytest.raises(NotFound):
-        sweep_queries.trial(world.db, **of(world, sweep_id), number=4)

@@ -10,8 +10,8 @@ import pytest
 
 from catalog.errors import RateLimited
 from catalog.spec.sweep import SweepRequest
-from catalog.sweeps import commands, controller, creation, queries
-from catalog.tables.sweeps import Sweep
+from catalog.sweeps import controller, creation, queries
+from catalog.tables.jobs import Sweep
 from catalog.tenancy.authentication import Caller
 from catalog.usage.ledger import DAY_SECONDS
 from tests.catalog.usage.test_quotas import MIDNIGHT, files_of, limit
@@ -102,7 +102,7 @@ def test_trials_that_a_closed_sweep_will_not_create_do_not_count(world: World) -
     with pytest.raises(RateLimited):
         world.submit(caller=caller)
 
-    commands.close(world.db, project_id=caller.project_id, sweep_id=sweep.id)
+    queries.close(world.db, project_id=caller.project_id, sweep_id=sweep.id)
 
     for _ in range(2):
         world.submit(caller=caller)

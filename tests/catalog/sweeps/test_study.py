@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from catalog.spec.sweep import Parameter
 from catalog.states import JobState
 from catalog.sweeps.study import PastTrial, judge, suggest
-from catalog.tables.sweeps import Trial
+from catalog.tables.jobs import Trial
 
 PARAMETERS = {
     path: Parameter.model_validate(fields)

@@ -11,7 +11,7 @@ from catalog import revocation
 from catalog.audit import log
 from catalog.caller import Caller
 from catalog.sweeps import creation
-from catalog.tables.sweeps import Sweep
+from catalog.tables.jobs import Sweep
 from catalog.tenancy import api_keys, authentication, projects
 from tests.catalog.sweeping import advance, finish, sweep_of, train
 from tests.catalog.world import PEPPER, World

@@ -143,9 +143,7 @@ def test_workers_read_whole_rows_except_of_webhook_endpoints() -> None:
 
 
 @pytest.mark.parametrize("database_url", ["postgresql"], indirect=True)
-def test_migration_ignores_tables_of_another_owner(
-    postgresql: World,
-) -> None:
+def test_migration_ignores_tables_of_another_owner(postgresql: World) -> None:
     """The owner of Lorry's tables migrates without rights on the other owner's table."""
     owner = f"owner_{secrets.token_hex(4)}"
     with postgresql.db.engine.begin() as connection:

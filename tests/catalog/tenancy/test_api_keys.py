@@ -1,8 +1,7 @@
-"""API keys and their projects: creation, rotation and revocation."""
+"""API keys and projects: no key gives more than its creator has, or outlives its limits by a rotation."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -175,25 +174,6 @@ def test_key_with_named_scopes_cannot_rotate_one_with_all_scopes(world: World) -
     assert own.scopes is not None
 
 
-def test_keys_of_another_project_are_visible_to_operators_only(world: World) -> None:
-    theirs, ours = world.stranger.api_key_id, world.caller
-
-    for attempt in (
-        lambda: api_keys.get(world.db, caller=ours, api_key_id=theirs),
-        lambda: revocation.revoke(world.db, caller=ours, api_key_id=theirs),
-        lambda: rotate(world, ours, theirs),
-        lambda: api_keys.list_page(world.db, caller=ours, project="theirs"),
-        lambda: make(world, ours, project="theirs"),
-        lambda: projects.get(world.db, caller=ours, project="theirs"),
-    ):
-        with pytest.raises(NotFound):
-            attempt()
-    operator = caller(world, is_operator=True)
-    listed = api_keys.list_page(world.db, caller=operator, project="theirs").items
-    assert [row.id for row in listed] == [theirs]
-    assert revocation.revoke(world.db, caller=operator, api_key_id=theirs).key.revoked_at is not None
-
-
 def test_last_operator_key_cannot_be_revoked(world: World) -> None:
     operator = caller(world, is_operator=True)
     caller(world, is_operator=True, scopes=["jobs:read"])
@@ -295,32 +275,6 @@ def test_renamed_first_project_is_not_created_again_at_start(world: World) -> No
     assert len(projects.list_page(world.db, caller=operator).items) == 2
 
 
-def test_non_operators_see_only_their_own_project(world: World) -> None:
-    mine = replace(world.caller, is_operator=False)
-
-    assert [row.name for row in projects.list_page(world.db, caller=mine).items] == ["ours"]
-    assert projects.get(world.db, caller=mine, project="ours").id == mine.project_id
-
-
-def test_limits_are_set_by_operators_and_inherited_by_created_keys(world: World) -> None:
-    operator = caller(world, is_operator=True)
-    limited, secret = make(world, operator, requests_per_minute=10, jobs_per_day=0)
-    holder = authentication.authenticate(world.db, secret=secret, pepper=PEPPER)
-
-    child, _ = make(world, holder)
-    heir, _ = rotate(world, holder, limited.id)
-    for attempt in (
-        lambda: make(world, holder, requests_per_minute=0),
-        lambda: api_keys.limit(world.db, caller=holder, api_key_id=child.id, limits={"jobs_per_day": None}),
-    ):
-        with pytest.raises(Forbidden):
-            attempt()
-    changed = api_keys.limit(world.db, caller=operator, api_key_id=child.id, limits={"jobs_per_day": None})
-
-    assert [(row.requests_per_minute, row.jobs_per_day) for row in (child, heir)] == [(10, 0)] * 2
-    assert (changed.requests_per_minute, changed.jobs_per_day) == (10, None)
-
-
 def test_valid_keys_per_project_are_limited(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     with world.db.read() as session:
         valid = select(func.count()).where(ApiKey.project_id == world.caller.project_id)
@@ -351,3 +305,91 @@ def test_valid_keys_per_project_are_limited(world: World, monkeypatch: pytest.Mo
     create()
 
     assert not authentication.is_live(expiring, world.clock.now)
+
+
+def test_expiring_key_cannot_obtain_a_longer_lasting_one(world: World) -> None:
+    end = world.clock.now + HOUR
+    short = caller(world, expires_at=end)
+
+    new, _ = rotate(world, short, caller(world).api_key_id)
+
+    assert new.expires_at == end
+
+
+def test_limited_key_cannot_escape_its_limits_by_rotating_another(world: World) -> None:
+    operator = caller(world, is_operator=True)
+    key = authentication.create(world.db, project_id=world.caller.project_id, name="limited", pepper=PEPPER)
+    limits = {"requests_per_minute": 3, "jobs_per_day": 1}
+    api_keys.limit(world.db, caller=operator, api_key_id=key[0].id, limits=limits)
+    limited = authentication.authenticate(world.db, secret=key[1], pepper=PEPPER)
+
+    new, _ = rotate(world, limited, caller(world).api_key_id)
+
+    assert (new.requests_per_minute, new.jobs_per_day) == (3, 1)
+
+
+def test_superseded_key_cannot_change_other_keys(world: World) -> None:
+    leaked, other = caller(world), caller(world)
+    rotate(world, leaked, leaked.api_key_id)
+
+    with pytest.raises(Forbidden) as rotated:
+        rotate(world, leaked, other.api_key_id)
+    with pytest.raises(Forbidden) as revoked:
+        revocation.revoke(world.db, caller=leaked, api_key_id=other.api_key_id)
+
+    assert rotated.value.code == revoked.value.code == "key_not_live"
+    assert revocation.revoke(world.db, caller=leaked, api_key_id=leaked.api_key_id).key.revoked_at is not None
+
+
+def test_browser_session_leaves_nothing_that_outlives_it(world: World) -> None:
+    link = authentication.create_sign_in_link(world.db, api_key_id=world.caller.api_key_id, pepper=PEPPER)
+    cookie = authentication.exchange_sign_in(world.db, token=link, pepper=PEPPER)
+    visitor = authentication.authenticate_browser(world.db, secret=cookie, pepper=PEPPER)
+
+    with pytest.raises(Forbidden) as refusal:
+        rotate(world, visitor, world.caller.api_key_id)
+    made, _ = make(world, visitor)
+
+    assert refusal.value.code == "api_key_required"
+    assert f"`lorry keys rotate {world.caller.api_key_id}`" in refusal.value.remedy
+    assert made.expires_at == visitor.expires_at is not None
+
+
+@pytest.mark.parametrize("lesser", [{"scopes": ["keys:write"]}, {"expires_at": 1_800_003_600.0}])
+def test_restricted_operator_key_does_not_count_as_second_operator(world: World, lesser: dict[str, Any]) -> None:
+    operator = caller(world, is_operator=True)
+    caller(world, is_operator=True, **lesser)
+
+    with pytest.raises(Conflict) as revoked:
+        revocation.revoke(world.db, caller=operator, api_key_id=operator.api_key_id)
+    with pytest.raises(Conflict) as rotated:
+        rotate(world, operator, operator.api_key_id, expires_at=world.clock.now + HOUR)
+    with pytest.raises(Conflict):
+        projects.archive(world.db, caller=operator, project=operator.project_id)
+
+    assert revoked.value.code == rotated.value.code == "last_operator_key"
+    assert (rotated.value.param, "Omit 'expires_at'" in rotated.value.remedy) == ("expires_at", True)
+
+
+def test_last_operator_key_that_expires_has_a_matching_remedy(world: World) -> None:
+    """Its replacement would expire as well."""
+    operator = caller(world, is_operator=True, expires_at=world.clock.now + HOUR)
+
+    with pytest.raises(Conflict, match="that can create keys would be left") as revoked:
+        revocation.revoke(world.db, caller=operator, api_key_id=operator.api_key_id)
+    with pytest.raises(Conflict, match="that can create keys exists") as rotated:
+        rotate(world, operator, operator.api_key_id)
+
+    assert [error.value.param for error in (revoked, rotated)] == ["api_key_id", "api_key_id"]
+    for error in (revoked, rotated):
+        assert error.value.remedy.endswith("on the server: `python -m api new-key`.")
+
+
+def test_lesser_operator_key_cannot_change_limits(world: World) -> None:
+    lesser, greater = caller(world, is_operator=True, scopes=["keys:write"]), caller(world, is_operator=True)
+
+    for key_id in (greater.api_key_id, lesser.api_key_id):
+        with pytest.raises(Forbidden) as refusal:
+            api_keys.limit(world.db, caller=lesser, api_key_id=key_id, limits={"requests_per_minute": 0})
+        assert refusal.value.code == "exceeds_own_rights"
+        assert refusal.value.param == "api_key_id"

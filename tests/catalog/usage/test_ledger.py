@@ -20,7 +20,7 @@ from catalog.states import EndReason
 from catalog.storage import files
 from catalog.tables.jobs import Job
 from catalog.tables.storage import File, Prepared
-from catalog.tables.usage import StoredBytes
+from catalog.tables.tenancy import StoredBytes
 from catalog.tenancy import projects
 from catalog.usage import ledger
 from catalog.usage import report as usage_report
@@ -170,17 +170,6 @@ def test_usage_rolled_back_to_a_savepoint_is_not_recorded(world: World) -> None:
         ledger.add(session, job, "num_created", 10_000, now=MIDNIGHT)
 
     assert report_days(world)[0].used[0].amounts["num_created"] == 11_001
-
-
-def test_project_sees_only_its_own_usage(world: World) -> None:
-    world.submit()
-
-    def seen(**filters: Any) -> list[Day]:
-        filters = {"start_time": MIDNIGHT, **filters}
-        return usage_report.report(world.db, caller=world.stranger, query=UsageQuery(**filters)).days
-
-    assert [day.used for day in seen()] == [[]]
-    assert seen(project_ids=["ours"]) == seen(project_ids=["none"]) == seen()
 
 
 def test_days_are_paged(world: World) -> None:

@@ -20,10 +20,10 @@ from catalog.registry import adapters
 from catalog.storage import files, token_cache
 from catalog.storage.store import Blob
 from catalog.tables.history import Attempt, Checkpoint
-from catalog.tables.plans import Plan
+from catalog.tables.jobs import Plan
 from catalog.tables.storage import Adapter, File, Prepared
-from catalog.tables.usage import StoredBytes
-from catalog.usage import quotas, stored_bytes
+from catalog.tables.tenancy import StoredBytes
+from catalog.usage import ledger, quotas
 from tests.catalog.lifecycle.test_state_machine import Service
 from tests.catalog.plan_data import SETTINGS
 from tests.catalog.prepared_data import REPORT
@@ -39,7 +39,7 @@ class StoredService(Service):
 
     def __init__(self) -> None:
         super().__init__()
-        stored_bytes.reconcile(self.db)  # counts the world's first file, which is inserted without accounting
+        ledger.reconcile(self.db)  # counts the world's first file, which is inserted without accounting
 
     def pick(self, column: Any, number: int, *where: Any) -> Any:
         """Return one of the existing values, or None."""
@@ -141,7 +141,7 @@ class StoredService(Service):
     @invariant()
     def the_counters_equal_a_recount(self) -> None:
         with self.db.read() as session:
-            counted = {owner: number for owner, number in stored_bytes.recount(session).items() if number}
+            counted = {owner: number for owner, number in ledger.recount(session).items() if number}
             kept = {row.project_id: row.num_bytes for row in session.scalars(select(StoredBytes)) if row.num_bytes}
         assert kept == counted
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from catalog.tables.webhooks import WebhookEndpoint
-from catalog.webhooks import endpoints, sealed_urls
+from catalog.webhooks import endpoints, signing
 from catalog.webhooks.endpoints import EndpointChange
-from catalog.webhooks.sealed_urls import UrlLost
+from catalog.webhooks.signing import UrlLost
 from tests.catalog.hooks import Hooks
 from tests.catalog.world import PEPPER, World
 
@@ -19,41 +19,41 @@ def test_sealed_url_opens_only_in_its_own_row(world: World) -> None:
     hooks = Hooks(world)
     first, _ = hooks.more(url=URL)
 
-    assert sealed_urls.get(first, peppers=[PEPPER.current]) == URL
+    assert signing.get(first, peppers=[PEPPER.current]) == URL
     assert (first.url, URL in str(first.sealed_url)) == ("https://hooks.example.com/…z9Xq", False)
     copied = WebhookEndpoint(id=hooks.row.id, sealed_url=first.sealed_url, url=first.url)
     with pytest.raises(UrlLost):
-        sealed_urls.get(copied, peppers=[PEPPER.current])
+        signing.get(copied, peppers=[PEPPER.current])
 
 
 def test_urls_of_the_previous_pepper_are_sealed_with_the_current_one(world: World) -> None:
     hooks = Hooks(world)
     previous, lost, damaged = (hooks.more(url=URL)[0] for _ in range(3))
     with world.db.write() as session:
-        sealed_urls.put(session.get_one(WebhookEndpoint, lost.id), URL, peppers=[b"x" * 32])
+        signing.put(session.get_one(WebhookEndpoint, lost.id), URL, peppers=[b"x" * 32])
         session.get_one(WebhookEndpoint, damaged.id).sealed_url = "no base64!"
 
-    num_sealed = [sealed_urls.seal_all(world.db, peppers=[NEW, PEPPER.current]) for _ in range(2)]
+    num_sealed = [signing.seal_all(world.db, peppers=[NEW, PEPPER.current]) for _ in range(2)]
 
     assert num_sealed == [2, 0], "the endpoint of `hooks`, and one of these"
     with world.db.read() as session:
         row = session.get_one(WebhookEndpoint, previous.id)
-        assert sealed_urls.get(row, peppers=[NEW]) == URL
+        assert signing.get(row, peppers=[NEW]) == URL
         assert row.url == "https://hooks.example.com/…z9Xq"
         for endpoint_id in (lost.id, damaged.id):
             with pytest.raises(UrlLost, match=f"webhook endpoint {endpoint_id} can't be decrypted"):
-                sealed_urls.get(session.get_one(WebhookEndpoint, endpoint_id), peppers=[NEW, PEPPER.current])
+                signing.get(session.get_one(WebhookEndpoint, endpoint_id), peppers=[NEW, PEPPER.current])
 
 
 def test_lost_url_is_reported_and_can_be_set_again(world: World) -> None:
     hooks = Hooks(world)
     with world.db.write() as session:
-        sealed_urls.put(session.get_one(WebhookEndpoint, hooks.row.id), URL, peppers=[NEW])
+        signing.put(session.get_one(WebhookEndpoint, hooks.row.id), URL, peppers=[NEW])
     hooks.end_job()
 
     assert [claimed.url for claimed in hooks.claim()] == [None]
     row = endpoints.change(world.db, **hooks.ident, changes=EndpointChange(url=URL), pepper=PEPPER)
-    assert sealed_urls.get(row, peppers=[PEPPER.current]) == URL
+    assert signing.get(row, peppers=[PEPPER.current]) == URL
 
 
 @pytest.mark.parametrize(
@@ -66,4 +66,4 @@ def test_lost_url_is_reported_and_can_be_set_again(world: World) -> None:
     ],
 )
 def test_only_host_and_last_four_characters_are_shown(url: str, shown: str) -> None:
-    assert sealed_urls.shown(url) == shown
+    assert signing.shown(url) == shown

@@ -54,21 +54,6 @@ def test_steps_equal_torch_adamw_with_clipping(max_grad_norm):
         assert not adapter.g.any()
 
 
-def test_steps_of_lora_plus_equal_torch_adamw_with_two_groups():
-    torch.manual_seed(0)
-    adapter = new_adapter()
-    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.1, max_grad_norm=None, lora_plus_ratio=16)
-    a, b = (torch.nn.Parameter(part.clone()) for part in (adapter.p[: adapter.num_a], adapter.p[adapter.num_a :]))
-    reference = torch.optim.AdamW([{"params": [a]}, {"params": [b], "lr": 1.6}], lr=0.1, weight_decay=0.1)
-    for step in range(1, 6):
-        adapter.g.copy_(torch.randn(adapter.num_parameters))
-        a.grad, b.grad = adapter.g[: adapter.num_a].clone(), adapter.g[adapter.num_a :].clone()
-        optimizer_step(adapter, config, step=step, learning_rate=0.1, norm=sizes_of(adapter, config).norm)
-        reference.step()
-    assert adapter.num_a == 3 * (12 + 4)
-    torch.testing.assert_close(adapter.p, torch.cat([a, b]).detach(), rtol=1e-5, atol=1e-6)
-
-
 def test_lora_plus_rate_of_b_applies_to_magnitudes_but_not_full_modules():
     torch.manual_seed(0)
     trained = TrainedTensors(
@@ -104,53 +89,41 @@ def test_lora_plus_rate_of_b_applies_to_magnitudes_but_not_full_modules():
     torch.testing.assert_close(adapter.p, torch.cat([a, b, magnitudes, in_full]).detach(), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
-@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
-def test_steps_equal_torch_sgd_with_separate_learning_rates(momentum, max_grad_norm):
+SGD = {"kind": "sgd", "max_grad_norm": None}
+
+
+@pytest.mark.parametrize(
+    ("options", "optimizer"),
+    [
+        ({"lora_plus_ratio": 16, "max_grad_norm": None}, torch.optim.AdamW),
+        *(
+            (SGD | {"momentum": momentum, "max_grad_norm": norm, "lora_plus_ratio": 4}, torch.optim.SGD)
+            for momentum in (0.0, 0.9)
+            for norm in (None, 0.5)
+        ),
+    ],
+)
+def test_steps_with_separate_learning_rates_equal_those_of_torch(options, optimizer):
     torch.manual_seed(0)
     adapter = new_adapter()
-    config = OptimizerConfig(
-        kind="sgd",
-        learning_rate=0.1,
-        momentum=momentum,
-        weight_decay=0.1,
-        max_grad_norm=max_grad_norm,
-        lora_plus_ratio=4,
-    )
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.1, **options)
     a, b = (torch.nn.Parameter(part.clone()) for part in (adapter.p[: adapter.num_a], adapter.p[adapter.num_a :]))
-    reference = torch.optim.SGD(
-        [{"params": [a]}, {"params": [b], "lr": 0.4}], lr=0.1, momentum=momentum, weight_decay=0.1
-    )
+    groups = [{"params": [a]}, {"params": [b], "lr": 0.1 * config.lora_plus_ratio}]
+    momentum = {"momentum": options["momentum"]} if "momentum" in options else {}
+    reference = optimizer(groups, lr=0.1, weight_decay=0.1, **momentum)
+
     for step in range(1, 6):
         adapter.g.copy_(torch.randn(adapter.num_parameters))
         a.grad, b.grad = adapter.g[: adapter.num_a].clone(), adapter.g[adapter.num_a :].clone()
         optimizer_step(adapter, config, step=step, learning_rate=0.1, norm=sizes_of(adapter, config).norm)
-        if max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_([a, b], max_grad_norm)
+        if config.max_grad_norm is not None:
+            torch.nn.utils.clip_grad_norm_([a, b], config.max_grad_norm)
         reference.step()
         torch.testing.assert_close(adapter.p, torch.cat([a, b]).detach(), rtol=1e-5, atol=1e-6)
         assert not adapter.g.any()
-    assert not adapter.v.any()
 
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"learning_rate": 1e21},
-        {"learning_rate": 1e5, "lora_plus_ratio": 1e16},
-        {"learning_rate": 1e-30, "momentum": 0.9, "weight_decay": 1e37},
-    ],
-)
-def test_sgd_overflow_is_detected_before_the_step(options):
-    adapter = new_adapter()
-    adapter.p.fill_(100)
-    adapter.g.fill_(1e18)
-    config = OptimizerConfig(kind="sgd", max_grad_norm=None, **options)
-    sizes = sizes_of(adapter, config)
-
-    assert not stays_finite(adapter, config, learning_rate=config.learning_rate, sizes=sizes)
-    optimizer_step(adapter, config, step=1, learning_rate=config.learning_rate, norm=sizes.norm)
-    assert not (torch.isfinite(adapter.p).all() and torch.isfinite(adapter.m).all())
+    assert adapter.num_a == 3 * (12 + 4)
+    assert adapter.v.any() == (optimizer is torch.optim.AdamW)
 
 
 @pytest.mark.parametrize(
@@ -160,18 +133,21 @@ def test_sgd_overflow_is_detected_before_the_step(options):
         (1e12, {"learning_rate": 1e30, "max_grad_norm": 1e30}),
         (1e-3, {"learning_rate": 1e-3, "weight_decay": 1e42}),
         (1e-22, {"learning_rate": 1e25, "eps": 1e-37}),
+        (1e18, SGD | {"learning_rate": 1e21}),
+        (1e18, SGD | {"learning_rate": 1e5, "lora_plus_ratio": 1e16}),
+        (1e18, SGD | {"learning_rate": 1e-30, "momentum": 0.9, "weight_decay": 1e37}),
     ],
-    ids=["intermediate product", "clip too high to help", "weight decay factor", "squares that are 0"],
 )
-def test_adamw_overflow_is_detected_before_the_step(gradient, options):
+def test_overflow_is_detected_before_the_step(gradient, options):
     adapter = new_adapter()
+    adapter.p.fill_(100)
     adapter.g.fill_(gradient)
     config = OptimizerConfig(**options)
-    sizes = sizes_of(adapter, config)
 
+    sizes = sizes_of(adapter, config)
     assert not stays_finite(adapter, config, learning_rate=config.learning_rate, sizes=sizes)
     optimizer_step(adapter, config, step=1, learning_rate=config.learning_rate, norm=sizes.norm)
-    assert not torch.isfinite(adapter.p).all()
+    assert not (torch.isfinite(adapter.p).all() and torch.isfinite(adapter.m).all())
 
 
 @pytest.mark.parametrize("options", [{"learning_rate": 1e39}, {"learning_rate": 1e-40, "weight_decay": 1e39}])
@@ -187,19 +163,18 @@ def test_sgd_factor_outside_fp32_is_detected_before_the_step(options):
         optimizer_step(adapter, config, step=1, learning_rate=config.learning_rate, norm=sizes.norm)
 
 
-@pytest.mark.parametrize("max_grad_norm", [None, 1.0, 1e38])
-def test_adamw_at_a_usual_rate_stays_finite_with_a_large_gradient(max_grad_norm):
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(OptimizerConfig(learning_rate=1e-3, max_grad_norm=norm) for norm in (None, 1.0, 1e38)),
+        OptimizerConfig(kind="sgd", learning_rate=0.1, momentum=0.9, max_grad_norm=None),
+    ],
+)
+def test_usual_rate_stays_finite_with_a_large_gradient(config):
     adapter = new_adapter()
     adapter.g.fill_(1e18)
-    config = OptimizerConfig(learning_rate=1e-3, max_grad_norm=max_grad_norm)
-    assert stays_finite(adapter, config, learning_rate=1e-3, sizes=sizes_of(adapter, config))
 
-
-def test_sgd_at_a_usual_rate_stays_finite_with_a_large_gradient():
-    adapter = new_adapter()
-    adapter.g.fill_(1e18)
-    config = OptimizerConfig(kind="sgd", learning_rate=0.1, momentum=0.9, max_grad_norm=None)
-    assert stays_finite(adapter, config, learning_rate=0.1, sizes=sizes_of(adapter, config))
+    assert stays_finite(adapter, config, learning_rate=config.learning_rate, sizes=sizes_of(adapter, config))
 
 
 def test_compute_copy_is_updated_with_the_master_weights():

@@ -1,10 +1,18 @@
-"""Events that a job reports: steps, evaluations and the end."""
+"""The engine: admission, evaluations, events, shared ticks, and the example in its docstring."""
+
+from __future__ import annotations
+
+import doctest
+from dataclasses import fields
 
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig
+from safetensors.numpy import save_file
 
 from lora_core.adapter.optimizer import learning_rate_at
+from lora_core.engine import engine as engine_module
 from lora_core.engine.engine import Engine
 from lora_core.engine_config import EngineConfig
 from lora_core.errors import ConfigError
@@ -141,3 +149,18 @@ def test_error_for_a_job_that_is_not_loaded_names_the_loaded_jobs(load, tmp_path
         engine.export("there", tmp_path / "adapter", base_name="base")
 
     assert "here" in caught.value.remedy
+
+
+def test_example_in_the_engine_module_prints_the_documented_output(base_dirs, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(base_dirs["llama"])
+    for seed, name in enumerate(("first", "second")):
+        tokens = dataset(seed, [20, 30, 40])
+        vectors = {field.name: getattr(tokens, field.name) for field in fields(tokens)}
+        save_file({name: vector for name, vector in vectors.items() if vector is not None}, f"{name}.safetensors")
+
+    result = doctest.testmod(engine_module)
+
+    assert result.attempted >= 7
+    assert result.failed == 0
+    assert LoraConfig.from_pretrained("adapter").base_model_name_or_path == "base"

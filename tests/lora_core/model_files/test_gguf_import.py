@@ -26,20 +26,19 @@ def test_license_of_a_gguf_file_is_read_from_its_metadata(tmp_path):
         assert license_of_gguf(tmp_path / name) == expected
 
 
-def test_missing_gguf_file_is_rejected(tmp_path):
-    with pytest.raises(UnreachableSource, match="does not exist"):
-        import_base(source=str(tmp_path / "model.gguf"), kind="gguf", revision=None, target_dir=tmp_path / "base")
+@pytest.mark.parametrize(
+    ("content", "error", "reason"),
+    [
+        (None, UnreachableSource, "does not exist"),
+        (b"\x80\x04 pickle", UnsupportedModel, "not a GGUF"),
+        (b"GGUF" + bytes(3), UnsupportedModel, "can't be read"),
+    ],
+)
+def test_missing_or_damaged_gguf_file_is_rejected(tmp_path, content, error, reason):
+    if content is not None:
+        (tmp_path / "model.gguf").write_bytes(content)
 
-
-def test_file_that_is_not_gguf_is_rejected(tmp_path):
-    (tmp_path / "model.gguf").write_bytes(b"\x80\x04 pickle")
-    with pytest.raises(UnsupportedModel, match="not a GGUF"):
-        import_base(source=str(tmp_path / "model.gguf"), kind="gguf", revision=None, target_dir=tmp_path / "base")
-
-
-def test_truncated_gguf_file_is_rejected(tmp_path):
-    (tmp_path / "model.gguf").write_bytes(b"GGUF" + bytes(3))
-    with pytest.raises(UnsupportedModel, match="can't be read"):
+    with pytest.raises(error, match=reason):
         import_base(source=str(tmp_path / "model.gguf"), kind="gguf", revision=None, target_dir=tmp_path / "base")
 
 

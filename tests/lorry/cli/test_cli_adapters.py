@@ -99,11 +99,8 @@ def test_pull_prints_the_export_as_gguf_where_the_service_accepts_it(
     assert [line for line in lines[5:] if not line.startswith("BASE")] == (commands if is_printed else [])
 
 
-def test_classes_for_gguf_are_those_of_the_service() -> None:
+def test_architectures_are_those_of_the_service() -> None:
     assert serving.GGUF_ARCHITECTURES == formats.GGUF_ARCHITECTURES
-
-
-def test_classes_without_adapters_in_vllm_are_those_of_the_service() -> None:
     assert serving.VLLM_WITHOUT_LORA == servability.VLLM_WITHOUT_LORA
 
 
@@ -168,33 +165,25 @@ def test_pull_accepts_the_id_of_a_job(service: Script, run: Run, tmp_path: Path)
     assert (tmp_path / "mine" / "adapter_config.json").is_file()
 
 
-def test_pull_of_a_job_without_an_adapter_reports_its_status(service: Script, run: Run) -> None:
-    service.on("GET", f"{JOBS}/ftjob-1", {"id": "ftjob-1", "status": "running", "fine_tuned_model": None})
+@pytest.mark.parametrize(
+    ("status", "advice"),
+    [
+        ("running", "Wait until the job succeeds, or use one of its checkpoints: `lorry jobs checkpoints ftjob-1`"),
+        ("paused", "Resume the job with `lorry jobs resume ftjob-1`"),
+        ("failed", "Use one of its checkpoints, if there are any: `lorry jobs checkpoints ftjob-1`"),
+    ],
+)
+def test_pull_of_a_job_without_an_adapter_reports_its_status(
+    service: Script, run: Run, status: str, advice: str
+) -> None:
+    service.on("GET", f"{JOBS}/ftjob-1", {"id": "ftjob-1", "status": status, "fine_tuned_model": None})
 
     result = run("adapters", "pull", "ftjob-1")
 
     assert result.exit_code == 1
-    assert result.stderr.splitlines() == [
-        "Error: Job ftjob-1 has no final adapter. Its status is running.",
-        "Wait until the job succeeds, or use one of its checkpoints: `lorry jobs checkpoints ftjob-1`",
-    ]
-
-
-def test_pull_of_a_paused_job_advises_to_resume_it(service: Script, run: Run) -> None:
-    service.on("GET", f"{JOBS}/ftjob-1", {"id": "ftjob-1", "status": "paused", "fine_tuned_model": None})
-
-    assert "Resume the job with `lorry jobs resume ftjob-1`" in run("adapters", "pull", "ftjob-1").stderr
-
-
-def test_pull_of_a_failed_job_does_not_advise_waiting(service: Script, run: Run) -> None:
-    service.on("GET", f"{JOBS}/ftjob-1", {"id": "ftjob-1", "status": "failed", "fine_tuned_model": None})
-
-    result = run("adapters", "pull", "ftjob-1")
-
-    assert result.stderr.splitlines() == [
-        "Error: Job ftjob-1 has no final adapter. Its status is failed.",
-        "Use one of its checkpoints, if there are any: `lorry jobs checkpoints ftjob-1`",
-    ]
+    first, second = result.stderr.splitlines()
+    assert first == f"Error: Job ftjob-1 has no final adapter. Its status is {status}."
+    assert second.startswith(advice)
 
 
 def test_pull_of_a_sweep_without_an_adapter_suggests_a_command(service: Script, run: Run) -> None:

@@ -103,24 +103,26 @@ def test_verify_confirms_an_unchanged_log(service: Script, run: Run) -> None:
     assert "OK: 6 sealed events are unchanged; 1 are not sealed yet." in result.stderr
 
 
-def test_verify_names_a_changed_anchor(service: Script, run: Run) -> None:
-    misfit = {"link": 0, "id": "audit/anchors/2026-11-28.json", "fault": "anchor_changed"}
+ANCHOR = "audit/anchors/2026-11-28.json"
+
+
+@pytest.mark.parametrize(
+    ("link", "ident", "fault", "printed"),
+    [
+        (0, ANCHOR, "anchor_changed", f"FAILED: anchor {ANCHOR} is not what the server wrote."),
+        (5, "audit-5", "changed", "FAILED: event 5 (audit-5) was changed after it was sealed"),
+    ],
+)
+def test_verify_names_the_first_misfit(
+    service: Script, run: Run, link: int, ident: str, fault: str, printed: str
+) -> None:
+    misfit = {"link": link, "id": ident, "fault": fault}
     service.on("GET", f"{PATH}/verify", _found(is_sound=False, misfit=misfit))
 
     result = run("audit", "verify")
 
     assert result.exit_code == 1
-    assert "FAILED: anchor audit/anchors/2026-11-28.json is not what the server wrote." in result.stderr
-
-
-def test_verify_names_the_first_changed_event(service: Script, run: Run) -> None:
-    misfit = {"link": 5, "id": "audit-5", "fault": "changed"}
-    service.on("GET", f"{PATH}/verify", _found(is_sound=False, misfit=misfit))
-
-    result = run("audit", "verify")
-
-    assert result.exit_code == 1
-    assert "FAILED: event 5 (audit-5) was changed after it was sealed" in result.stderr
+    assert printed in result.stderr
 
 
 def test_export_writes_one_line_per_event(service: Script, run: Run) -> None:

@@ -139,46 +139,45 @@ def test_help_shows_duration_placeholders(run: Run, command: str) -> None:
     assert "<duration>" in run(*command.split(), "--help").stdout
 
 
-def test_key_is_revoked(service: Script, run: Run) -> None:
-    service.on("POST", "/v1/api_keys/key-1/revoke", {**KEY, "status": "revoked", "revoked_keys": ["key-1"]})
+@pytest.mark.parametrize(
+    ("options", "response", "sent", "printed"),
+    [
+        ("", {}, None, ["Revoked key-1 (ci)."]),
+        (
+            "",
+            {"valid_descendants": 2, "unfinished_jobs": 3, "unfinished_batches": 1},
+            None,
+            [
+                "Revoked key-1 (ci).",
+                "3 jobs, 1 batches. Cancel them: lorry keys revoke key-1 --cancel",
+                "2. Revoke them: lorry keys revoke key-1 --with-descendants",
+            ],
+        ),
+        (
+            "--with-descendants",
+            {"revoked_keys": ["key-1", "key-2"]},
+            {"with_descendants": True},
+            ["Revoked key-1 (ci) and 1 key that descends from it."],
+        ),
+        (
+            "--cancel --with-descendants",
+            {"revoked_keys": ["key-1", "key-2", "key-3"]},
+            {"cancel": True, "with_descendants": True},
+            ["Revoked key-1 (ci) and 2 keys that descend from it.", "Its unfinished work is being cancelled."],
+        ),
+    ],
+)
+def test_revoke_reports_what_ended_and_what_remains(
+    service: Script, run: Run, options: str, response: dict[str, Any], sent: dict[str, bool] | None, printed: list[str]
+) -> None:
+    path = "/v1/api_keys/key-1/revoke"
+    service.on("POST", path, {**KEY, "status": "revoked", "revoked_keys": ["key-1"], **response})
 
-    assert run("keys", "revoke", "key-1", "--yes").stderr == "Revoked key-1 (ci).\n"
+    lines = run("keys", "revoke", "key-1", *options.split(), "--yes").stderr.splitlines()
 
-    (sent,) = service.requests("POST", "/v1/api_keys/key-1/revoke")
-    assert sent.body == b""
-
-
-def test_revoke_reports_remaining_work_and_descendants(service: Script, run: Run) -> None:
-    left = {"revoked_keys": ["key-1"], "valid_descendants": 2, "unfinished_jobs": 3, "unfinished_batches": 1}
-    service.on("POST", "/v1/api_keys/key-1/revoke", {**KEY, "status": "revoked", **left})
-
-    shown = run("keys", "revoke", "key-1", "-y").stderr
-
-    assert "3 jobs, 1 batches. Cancel them: lorry keys revoke key-1 --cancel" in shown
-    assert "2. Revoke them: lorry keys revoke key-1 --with-descendants" in shown
-
-
-def test_revoke_reports_one_descendant_in_the_singular(service: Script, run: Run) -> None:
-    left = {"revoked_keys": ["key-1", "key-2"]}
-    service.on("POST", "/v1/api_keys/key-1/revoke", {**KEY, "status": "revoked", **left})
-
-    shown = run("keys", "revoke", "key-1", "--with-descendants", "--yes").stderr
-
-    assert shown == "Revoked key-1 (ci) and 1 key that descends from it.\n"
-
-
-def test_revoke_can_include_descendants_and_cancel_work(service: Script, run: Run) -> None:
-    left = {"revoked_keys": ["key-1", "key-2", "key-3"]}
-    service.on("POST", "/v1/api_keys/key-1/revoke", {**KEY, "status": "revoked", **left})
-
-    shown = run("keys", "revoke", "key-1", "--cancel", "--with-descendants", "--yes").stderr
-
-    assert shown.splitlines() == [
-        "Revoked key-1 (ci) and 2 keys that descend from it.",
-        "Its unfinished work is being cancelled.",
-    ]
-    (sent,) = service.requests("POST", "/v1/api_keys/key-1/revoke")
-    assert json.loads(sent.body) == {"cancel": True, "with_descendants": True}
+    assert len(lines) == len(printed)
+    assert all(line.endswith(expected) for line, expected in zip(lines, printed, strict=True)), lines
+    assert json.loads(service.requests("POST", path)[0].body or "null") == sent
 
 
 def test_projects_are_created_listed_renamed_archived_and_restored(service: Script, run: Run) -> None:

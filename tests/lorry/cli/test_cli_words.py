@@ -288,21 +288,6 @@ def test_delete_confirms_or_prints_the_service_error(service: Script, run: Run, 
 
 
 @pytest.mark.usefixtures("run")
-@pytest.mark.parametrize(("answer", "code"), [("y\n", 0), ("Yes\n", 0), ("\n", 1), ("no\n", 1), ("", 1)])
-def test_models_delete_requires_confirmation(
-    service: Script, monkeypatch: pytest.MonkeyPatch, answer: str, code: int
-) -> None:
-    service.on("DELETE", "/v1/models/tiny", {})
-
-    monkeypatch.setattr(output, "is_interactive", lambda: True)
-
-    result = CliRunner().invoke(app, ["models", "delete", "tiny"], input=answer)
-
-    assert result.exit_code == code
-    assert len(service.requests("DELETE", "/v1/models/tiny")) == (1 if code == 0 else 0)
-
-
-@pytest.mark.usefixtures("run")
 def test_ctrl_c_at_the_prompt_exits_with_130(service: Script, monkeypatch: pytest.MonkeyPatch) -> None:
     class Interrupted:
         def readline(self) -> str:
@@ -314,14 +299,6 @@ def test_ctrl_c_at_the_prompt_exits_with_130(service: Script, monkeypatch: pytes
     result = CliRunner().invoke(app, ["models", "delete", "tiny"])
 
     assert result.exit_code == 130
-    assert service.seen == []
-
-
-def test_models_delete_without_a_terminal_requires_yes(service: Script, run: Run) -> None:
-    result = run("models", "delete", "tiny")
-
-    assert result.exit_code == 2
-    assert result.stderr.splitlines()[-1] == "Error: Confirmation required. Pass --yes to run non-interactively."
     assert service.seen == []
 
 

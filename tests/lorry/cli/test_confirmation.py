@@ -73,7 +73,7 @@ def test_yes_skips_the_prompt(service: Script, run: Run, name: str, flag: str) -
 
 @EACH
 @pytest.mark.usefixtures("run")
-@pytest.mark.parametrize(("answer", "code"), [("y\n", 0), ("\n", 1), ("", 1)])
+@pytest.mark.parametrize(("answer", "code"), [("y\n", 0), ("Yes\n", 0), ("\n", 1), ("no\n", 1), ("", 1)])
 def test_prompt_accepts_only_yes(
     service: Script, monkeypatch: pytest.MonkeyPatch, name: str, answer: str, code: int
 ) -> None:

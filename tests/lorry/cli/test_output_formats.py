@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from typer.testing import Result
 
+from lorry.cli.render import output
 from tests.lorry.scripted_server import Reply, Script
 
 JOBS = "/v1/fine_tuning/jobs"
@@ -93,12 +94,7 @@ def test_quiet_create_prints_only_the_id(
     ("command", "path", "answer", "shown"),
     [
         ("files show f", "/v1/files/f", {"id": "f", "filename": "a.jsonl", "rows": 3}, "name a.jsonl"),
-        (
-            "keys show k",
-            "/v1/api_keys/k",
-            {"id": "k", "name": "ci", "scopes": ["jobs:read"]},
-            "scopes jobs:read",
-        ),
+        ("keys show k", "/v1/api_keys/k", {"id": "k", "name": "ci", "scopes": ["jobs:read"]}, "scopes jobs:read"),
         ("webhooks show w", "/v1/webhook_endpoints/w", {"id": "w", "status": "enabled"}, "status enabled"),
         ("organizations show o", "/v1/organizations/o", {"id": "o", "name": "research"}, "name research"),
         (
@@ -161,12 +157,6 @@ def test_project_is_shown_with_limits_and_updated_in_one_command(service: Script
         {"name": "find"},
     ]
     assert (unchanged.exit_code, "at least one setting" in unchanged.stderr) == (2, True)
-
-
-def test_organizations_update_changes_the_name(service: Script, run: Run) -> None:
-    service.on("POST", "/v1/organizations/research", {"id": "org-1", "name": "science"})
-
-    assert "to science" in run("organizations", "update", "research", "--name", "science").stderr
 
 
 def test_metrics_table_omits_empty_columns(service: Script, run: Run) -> None:
@@ -245,3 +235,44 @@ def test_adapters_delete_prints_the_full_name(service: Script, run: Run) -> None
     service.on("DELETE", "/v1/adapters/ft%3Am%3Ap%3Adocs%3A1", {"deleted": True})
 
     assert run("adapters", "delete", "docs", "--yes").stderr == f"Deleted adapter {name}.\n"
+
+
+EVENTS = "/v1/fine_tuning/jobs/j/events"
+
+
+def event(step: int, *answers: tuple[str, bool]) -> dict[str, Any]:
+    samples = [
+        {"prompt": f"p{number}", "answer": text, "num_tokens": 3, "is_complete": is_complete}
+        for number, (text, is_complete) in enumerate(answers)
+    ]
+    return {"id": f"ftevent-{step}", "created_at": 1, "message": "answers", "data": {"step": step, "samples": samples}}
+
+
+def test_samples_are_grouped_by_step_oldest_first(service: Script, run: Run) -> None:
+    others = {"id": "ftevent-9", "created_at": 1, "message": "m", "data": None}
+    events = [event(4, ("four", True), ("\x1b[31mred", False)), others, event(0, ("base", False))]
+    service.on("GET", EVENTS, {"data": events, "has_more": False})
+
+    lines = [line for line in run("jobs", "samples", "j").stdout.splitlines() if line]
+
+    assert lines == [
+        "STEP 0",
+        "> p0",
+        "base ...",
+        "STEP 4",
+        "> p0",
+        "four",
+        "> p1",
+        f"{output.clean(chr(27))}[31mred ...",
+    ]
+    printed = json.loads(run("jobs", "samples", "j", "--json").stdout)
+    assert [each["step"] for each in printed] == [4, 4, 0]
+
+
+def test_job_without_samples_shows_how_to_request_them(service: Script, run: Run) -> None:
+    service.on("GET", EVENTS, {"data": [], "has_more": False})
+
+    printed = run("jobs", "samples", "j")
+
+    assert printed.stdout == ""
+    assert "--set 'evaluation.samples.prompts=" in printed.stderr

@@ -23,24 +23,37 @@ def error_reply(status: int, param: str | None, message: str = "No.") -> Reply:
 
 
 @pytest.mark.parametrize(
-    ("param", "expected"),
+    ("typed", "param", "expected"),
     [
-        ("lora.rank", "--rank"),
-        ("lora.target_modules.0", "--target"),
-        ("method.supervised.hyperparameters.n_epochs", "--epochs"),
-        ("method.dpo.hyperparameters.neftune_alpha", "--neftune-alpha"),
-        ("data.overflow", "--overflow"),
-        ("metadata.team", "--metadata"),
-        ("training_file", "TRAIN"),
-        ("optimizer.beta1", "--set optimizer.beta1"),
+        ("", "lora.rank", "--rank"),
+        ("", "lora.target_modules.0", "--target"),
+        ("", "method.supervised.hyperparameters.n_epochs", "--epochs"),
+        ("", "method.dpo.hyperparameters.neftune_alpha", "--neftune-alpha"),
+        ("", "data.overflow", "--overflow"),
+        ("", "metadata.team", "--metadata"),
+        ("", "training_file", "TRAIN"),
+        ("--set optimizer.beta1=3", "optimizer.beta1", "--set optimizer.beta1"),
+        ("--set lora.rank=0", "lora.rank", "--set lora.rank"),
+        ('--set lora={"rank":0}', "lora.rank", "--set lora"),
+        ("--rank 0 --set lora.alpha=2", "lora.rank", "--rank"),
+        ("--set lora.alpha=2", "lora", "--set lora.alpha"),
+        ("--rank 0", "lora", "--rank"),
+        ("--rank 0 --dora", "lora", "--rank, --dora"),
+        ("--patience 3", "early_stopping", "--patience"),
+        ("--seed 3", "Idempotency-Key", None),
+        ("--seed 3", "lora", None),
+        ("--seed 3", "adapter", None),
     ],
 )
-def test_error_names_the_typed_option(service: Script, submit: Run, param: str, expected: str) -> None:
+def test_error_names_every_typed_option_that_set_the_field(
+    service: Script, submit: Run, typed: str, param: str, expected: str | None
+) -> None:
     service.on("POST", JOBS, error_reply(400, param))
 
-    result = submit("m", "file-9", "--set", "optimizer.beta1=3")
+    result = submit("m", "file-9", *typed.split())
 
-    assert (result.exit_code, result.stderr) == (1, f"Error: No. (at {expected})\n")
+    place = f" (at {expected})" if expected else ""
+    assert (result.exit_code, result.stderr) == (1, f"Error: No.{place}\n")
 
 
 @pytest.mark.parametrize(
@@ -53,6 +66,12 @@ def test_error_names_the_typed_option(service: Script, submit: Run, param: str, 
         (("m", "train.jsonl", "--schedule", "steep"), "--schedule"),
         (("m", "train.jsonl", "--loss", "all"), "--loss"),
         (("m", "train.jsonl", "--overflow", "wrap"), "--overflow"),
+        (("m", "train.jsonl", "--lr", "fast"), "'--lr': that is not a number."),
+        (("m", "train.jsonl", "--rank", "4.5"), "'--rank': that is not a whole number."),
+        (("m", "train.jsonl", "--rank", "4", "--rank", "8"), "--rank was passed twice"),
+        (("m", "train.jsonl", "--lr", "0.1", "--learning-rate", "0.2"), "--learning-rate was passed twice"),
+        (("m", "train.jsonl", "--metadata", "a=b", "--metadata", "a=c"), "'a' was passed twice"),
+        (("m", "train.jsonl", "--rank-pattern", "q=4", "--rank-pattern", "q=8"), "'q' was passed twice"),
     ],
 )
 def test_invalid_option_is_named_before_any_upload(
@@ -150,13 +169,6 @@ def test_first_upload_is_deleted_if_the_second_is_rejected(
     assert deleted(service) == ["file-1"]
 
 
-@pytest.mark.parametrize("param", ["Idempotency-Key", "lora", "adapter"])
-def test_error_names_no_field_that_was_not_typed(service: Script, submit: Run, param: str) -> None:
-    service.on("POST", JOBS, error_reply(400, param))
-
-    assert submit("m", "file-9", "--seed", "3").stderr == "Error: No.\n"
-
-
 def test_unknown_model_is_rejected_before_the_upload(service: Script, submit: Run) -> None:
     service.on("GET", "/v1/models/n", error_reply(404, "model", "There is no model 'n'. Base models here: m."))
 
@@ -164,26 +176,6 @@ def test_unknown_model_is_rejected_before_the_upload(service: Script, submit: Ru
 
     assert (result.exit_code, result.stderr) == (1, "Error: There is no model 'n'. Base models here: m. (at MODEL)\n")
     assert [(request.method, request.path) for request in service.seen] == [("GET", "/v1/models/n")]
-
-
-@pytest.mark.parametrize(
-    ("typed", "param", "expected"),
-    [
-        (("--set", "lora.rank=0"), "lora.rank", "--set lora.rank"),
-        (("--set", 'lora={"rank": 0}'), "lora.rank", "--set lora"),
-        (("--rank", "0", "--set", "lora.alpha=2"), "lora.rank", "--rank"),
-        (("--set", "lora.alpha=2"), "lora", "--set lora.alpha"),
-        (("--rank", "0"), "lora", "--rank"),
-        (("--rank", "0", "--dora"), "lora", "--rank, --dora"),
-        (("--patience", "3"), "early_stopping", "--patience"),
-    ],
-)
-def test_error_names_every_option_that_set_the_field(
-    service: Script, submit: Run, typed: tuple[str, ...], param: str, expected: str
-) -> None:
-    service.on("POST", JOBS, error_reply(400, param))
-
-    assert submit("m", "file-9", *typed).stderr == f"Error: No. (at {expected})\n"
 
 
 @pytest.mark.parametrize(
@@ -208,6 +200,12 @@ def test_error_names_every_option_that_set_the_field(
             "There is no field --beta. Choose one in --method.",
         ),
         (("--rank", "1"), None, "The validation_file.", "The --valid."),
+        (
+            ("--set", "optimizer.beta1=3"),
+            "optimizer.beta1",
+            "'optimizer.beta1' must be less than 1. Correct optimizer.beta1.",
+            "--set optimizer.beta1 must be less than 1. Correct --set optimizer.beta1.",
+        ),
     ],
 )
 def test_error_message_uses_option_names_for_fields(
@@ -219,56 +217,17 @@ def test_error_message_uses_option_names_for_fields(
 
 
 @pytest.mark.parametrize(
-    ("typed", "expected"),
-    [
-        (("--rank", "4", "--rank", "8"), "--rank was passed twice"),
-        (("--lr", "0.1", "--learning-rate", "0.2"), "--learning-rate was passed twice"),
-        (("--metadata", "a=b", "--metadata", "a=c"), "'a' was passed twice"),
-        (("--rank-pattern", "q=4", "--rank-pattern", "q=8"), "'q' was passed twice"),
-    ],
+    ("file", "status", "param"),
+    [("file-9", 400, "lora.rank"), ("train.jsonl", 500, None)],
+    ids=["file passed by its id", "job that may have been created"],
 )
-def test_repeated_option_or_key_is_rejected(
-    service: Script, submit: Run, typed: tuple[str, ...], expected: str
+def test_file_that_may_be_needed_is_not_deleted(
+    service: Script, submit: Run, file: str, status: int, param: str | None
 ) -> None:
-    result = submit("m", "train.jsonl", *typed)
+    service.on("POST", JOBS, error_reply(status, param))
 
-    assert result.exit_code == 2
-    assert expected in result.stderr
-    assert service.seen == []
-
-
-def test_file_passed_by_id_is_not_deleted(service: Script, submit: Run) -> None:
-    service.on("POST", JOBS, error_reply(400, "lora.rank"))
-
-    assert submit("m", "file-9").exit_code == 1
+    assert submit("m", file).exit_code == 1
     assert deleted(service) == []
-
-
-def test_uploads_are_kept_if_the_job_may_have_been_created(service: Script, submit: Run) -> None:
-    service.on("POST", JOBS, error_reply(500, None))
-
-    assert submit("m", "train.jsonl").exit_code == 1
-    assert deleted(service) == []
-
-
-def test_option_that_contains_the_field_name_is_inserted_once(service: Script, submit: Run) -> None:
-    printed = "'optimizer.beta1' must be less than 1. Correct optimizer.beta1."
-    service.on("POST", JOBS, error_reply(400, "optimizer.beta1", printed))
-
-    result = submit("m", "file-9", "--set", "optimizer.beta1=3")
-
-    assert "--set optimizer.beta1 must be less than 1. Correct --set optimizer.beta1." in result.stderr
-    assert "--set --set" not in result.stderr
-
-
-@pytest.mark.parametrize(
-    ("typed", "expected"),
-    [(("--lr", "fast"), "'--lr': that is not a number."), (("--rank", "4.5"), "'--rank': that is not a whole number.")],
-)
-def test_non_numeric_value_has_a_plain_error(submit: Run, typed: tuple[str, str], expected: str) -> None:
-    result = submit("m", "train.jsonl", *typed)
-
-    assert (result.exit_code, expected in result.stderr) == (2, True)
 
 
 def submit_again(service: Script, run: Run, folder: Path, **earlier: Any) -> tuple[str, str]:
@@ -284,17 +243,18 @@ def submit_again(service: Script, run: Run, folder: Path, **earlier: Any) -> tup
     return json.loads(sent.body)["training_file"], result.stderr
 
 
-def test_identical_uploaded_file_is_reused(service: Script, run: Run, tmp_path: Path) -> None:
-    used, message = submit_again(service, run, tmp_path)
-
-    assert (used, deleted(service)) == ("file-1", ["file-2"])
-    assert "train.jsonl is already uploaded as file-1; using that file." in message
-
-
-@pytest.mark.parametrize("earlier", [{"expires_at": 1790000000}, {"purpose": "user_data"}])
-def test_file_that_expires_or_has_another_purpose_is_not_reused(
-    service: Script, run: Run, tmp_path: Path, earlier: dict[str, Any]
+@pytest.mark.parametrize(
+    ("earlier", "used", "superfluous"),
+    [
+        ({}, "file-1", "file-2"),
+        ({"expires_at": 1790000000}, "file-2", None),
+        ({"purpose": "user_data"}, "file-2", None),
+    ],
+)
+def test_identical_file_is_reused_unless_it_expires_or_has_another_purpose(
+    service: Script, run: Run, tmp_path: Path, earlier: dict[str, Any], used: str, superfluous: str | None
 ) -> None:
-    used, _ = submit_again(service, run, tmp_path, **earlier)
+    training_file, message = submit_again(service, run, tmp_path, **earlier)
 
-    assert (used, deleted(service)) == ("file-2", [])
+    assert (training_file, deleted(service)) == (used, [superfluous] if superfluous else [])
+    assert ("train.jsonl is already uploaded as file-1; using that file." in message) == (used == "file-1")

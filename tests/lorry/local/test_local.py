@@ -101,9 +101,7 @@ def test_lock_dies_with_its_holder_and_is_not_inherited(tmp_path: Path) -> None:
         os.kill(inner, signal.SIGKILL)
 
 
-def test_requested_port_in_use_fails_and_default_uses_the_next(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_requested_port_in_use_fails_and_default_uses_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         number = taken.getsockname()[1]
         monkeypatch.setattr(ports, "DEFAULT_PORT", number)

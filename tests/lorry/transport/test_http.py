@@ -1,8 +1,9 @@
-"""Requests: retries, errors, redirects and proxies."""
+"""Requests: retries and their delays, errors, redirects and proxies."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import UTC, datetime
 
 import httpx
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from lorry import ConnectionFailed, InvalidRequest, Lorry, NotFound, ServerFailed
 from lorry.errors import APIError, AuthenticationFailed, Conflict, LorryError
 from lorry.transport.http import Transport
-from lorry.transport.retries import RetryPolicy
+from lorry.transport.retries import RetryPolicy, is_retryable
 from tests.lorry.scripted_server import Reply, Script
 
 BUSY = Reply(status=503, headers={"retry-after": "3"}, body={"error": {"message": "Busy.", "code": "unavailable"}})
@@ -112,29 +113,21 @@ def test_only_a_local_connection_refusal_is_not_retried(
     assert len(slept) == num_retries
 
 
-def test_restarting_local_service_is_retried(slept: list[float]) -> None:
-    answers = iter([httpx.Response(200, json={}), None, httpx.Response(200, json={"ok": True})])
+@pytest.mark.parametrize("failure", [httpx.ReadError("reset"), httpx.ConnectError("refused")])
+def test_restarting_local_service_and_broken_connection_are_retried(
+    slept: list[float], failure: httpx.TransportError
+) -> None:
+    failure.__cause__ = ConnectionRefusedError() if isinstance(failure, httpx.ConnectError) else None
+    answers = iter([httpx.Response(200, json={}), failure, httpx.Response(200, json={"ok": True})])
 
-    def answer(request: httpx.Request) -> httpx.Response:
-        return next(answers) or refused(request)
-
-    with Lorry("http://127.0.0.1:1", "k", sleep=slept.append, transport=httpx.MockTransport(answer)) as lorry:
-        lorry.queue.get()
-        assert lorry.queue.get() == {"ok": True}
-
-    assert len(slept) == 1
-
-
-def test_broken_connection_is_retried(slept: list[float]) -> None:
-    answers = iter([httpx.ReadError("reset"), httpx.Response(200, json={"ok": True})])
-
-    def answer(request: httpx.Request) -> httpx.Response:
+    def answer(_request: httpx.Request) -> httpx.Response:
         next_one = next(answers)
         if isinstance(next_one, Exception):
             raise next_one
         return next_one
 
     with Lorry("http://127.0.0.1:1", "k", sleep=slept.append, transport=httpx.MockTransport(answer)) as lorry:
+        lorry.queue.get()
         assert lorry.queue.get() == {"ok": True}
 
     assert len(slept) == 1
@@ -227,3 +220,49 @@ def test_policy_without_retries_does_not_retry(service: Script, slept: list[floa
     transport.close()
     assert slept == []
     assert "authorization" not in service.seen[0].headers
+
+
+POLICY = RetryPolicy(uniform=lambda: 0.0, now=lambda: datetime(2026, 1, 1, tzinfo=UTC))
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 502, 503, 504, 507])
+def test_transient_statuses_are_retried(status: int) -> None:
+    assert is_retryable(status, {})
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 409, 413, 422])
+def test_permanent_statuses_are_not_retried(status: int) -> None:
+    assert not is_retryable(status, {})
+
+
+def test_x_should_retry_takes_precedence() -> None:
+    assert is_retryable(409, {"x-should-retry": "true"})
+    assert not is_retryable(507, {"x-should-retry": "false"})
+
+
+def test_delay_doubles_up_to_a_limit() -> None:
+    assert [POLICY.delay(retry) for retry in range(6)] == [0.5, 1.0, 2.0, 4.0, 8.0, 8.0]
+    assert POLICY.delay(10_000) == 8.0
+
+
+def test_jitter_only_shortens_the_delay() -> None:
+    assert RetryPolicy(uniform=lambda: 0.999).delay(0) == pytest.approx(0.375, abs=0.001)
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("7", 7.0),
+        ("0", 0.0),
+        ("1.5", 1.5),
+        ("Thu, 01 Jan 2026 00:00:09 GMT", 9.0),
+        ("Wed, 31 Dec 2025 00:00:00 GMT", 0),
+    ],
+)
+def test_retry_after_is_honored(value: str, seconds: float) -> None:
+    assert POLICY.delay(3, {"retry-after": value}) == seconds
+
+
+@pytest.mark.parametrize("value", ["", "soon", "-5", "86400", "nan", "inf", "Thu, 01 Jan 2126 00:00:00 GMT"])
+def test_invalid_retry_after_is_ignored(value: str) -> None:
+    assert POLICY.delay(0, {"retry-after": value}) == 0.5

@@ -13,7 +13,7 @@ import pytest
 from catalog.exports import commands
 from catalog.registry import adapters
 from catalog.storage.manifest import Manifest
-from catalog.tables.exports import AdapterExport
+from catalog.tables.storage import AdapterExport
 from tests.services.uploads_hub import COMMIT, TOKEN, upload_hub
 from tests.worker_site import SHORT_LEASE, WAIT_SECONDS, WorkerSite, worker_site
 

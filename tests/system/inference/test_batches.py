@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 
-from catalog.tables.batches import BatchLine
+from catalog.tables.serving import BatchLine
 from tests.system.api_process import Service, api_process
 from tests.worker_site import BASE, PEPPER, SHORT_LEASE, WorkerSite, worker_site
 

@@ -15,21 +15,20 @@ import pytest
 from catalog.db.database import read_clock
 from catalog.error_texts import ErrorText
 from catalog.errors import StaleClaim
-from catalog.exports import claims, commands
+from catalog.exports import commands
 from catalog.exports.formats import Needs
-from catalog.storage import artifact_index
 from catalog.storage import store as store_module
-from catalog.tables.exports import AdapterExport
-from catalog.tables.storage import BaseModelRow
+from catalog.storage.manifest import show_artifact
+from catalog.tables.storage import AdapterExport, BaseModelRow
 from catalog.tables.tenancy import Project
 from catalog.tasks import task_queue
 from catalog.tasks.task_queue import MAX_ATTEMPTS, TaskClaim, TaskKind
 from tests.catalog.exports import test_model_card
 from tests.catalog.world import attempts
 from tests.worker.pack_site import PackSite
-from worker.background import base_models, child_task, export_resources, exports
+from worker.background import base_models, child_task, exports
 from worker.background.child_task import ChildFailed
-from worker.background.export_resources import ScarceResources
+from worker.background.exports import ScarceResources
 from worker.background.task_runner import run_next
 from worker.node import devices
 from worker.protocol.mailbox import read_json, write_json
@@ -55,7 +54,7 @@ def row(site: PackSite, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Adap
     files = site.store.put_folder(site.files("made", "adapter_config.json", "{}"), kind="adapter")
     with site.db.write() as session:
         adapter = session.merge(adapter)
-        adapter.artifact = artifact_index.show(session, files, now=read_clock(session))
+        adapter.artifact = show_artifact(session, files, now=read_clock(session))
         adapter.lineage = test_model_card.record()
     return commands.create(site.db, caller=site.world.caller, adapter=adapter.name, format="merged")
 
@@ -280,12 +279,12 @@ def test_bucket_needs_no_disk_space(site: PackSite, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: free)
     given: dict[str, Any] = {"needs": needs, "worker_id": "w1", "scratch": tmp_path}
 
-    export_resources.check(**given, store=None, adapter_bytes=50)
+    exports.check_resources(**given, store=None, adapter_bytes=50)
 
     with pytest.raises(ScarceResources):
-        export_resources.check(**given, store=None, adapter_bytes=51)
+        exports.check_resources(**given, store=None, adapter_bytes=51)
     with pytest.raises(ScarceResources):
-        export_resources.check(**given, store=tmp_path, adapter_bytes=0)
+        exports.check_resources(**given, store=tmp_path, adapter_bytes=0)
 
 
 def test_cancelled_export_stops_its_child(
@@ -518,7 +517,7 @@ def test_lease_is_renewed_while_the_adapter_is_fetched_and_a_lost_one_ends_it(
 
 def test_file_is_named_after_the_adapter_and_its_quantization() -> None:
     given = {"export_id": "e", "adapter_artifact": "a", "base_model": "b", "base_digest": "d"}
-    claim = claims.ExportClaim(
+    claim = commands.ExportClaim(
         **given,
         task=TaskClaim(claim_id="c", kind=TaskKind.EXPORT, subject="e", num_attempts=1),
         lineage=None,

@@ -18,14 +18,14 @@ from catalog.plans import plans
 from catalog.storage import token_cache
 from catalog.storage.manifest import DamagedArtifact
 from catalog.storage.store import ArtifactStore
-from catalog.tables.plans import Plan
+from catalog.tables.jobs import Plan
 from catalog.tasks import task_queue
 from catalog.tasks.task_queue import MAX_ATTEMPTS, TaskClaim, TaskKind, retry_wait
 from tests.catalog.plan_data import plan
 from tests.catalog.prepared_data import DETAILS, REPORT
 from tests.catalog.world import begin_plan
 from tests.worker.pack_site import PackSite
-from worker.background import base_models, child_task, plan_inputs, task_runner, tokenization
+from worker.background import base_models, child_task, task_runner, tokenization
 from worker.background.child_task import ChildFailed
 from worker.background.task_runner import run_next
 from worker.children.tokenizer.token_file import TokenFile
@@ -104,7 +104,7 @@ def test_a_store_outage_delays_the_plan_until_a_retry(
     def fail(*_: object, **__: object) -> None:
         raise Unavailable(ErrorText(code="store_unavailable", message="The store does not answer.", remedy="Wait."))
 
-    monkeypatch.setattr(plan_inputs, "prepare_files", fail)
+    monkeypatch.setattr(tokenization, "prepare_files", fail)
     row = plan(site.world)
 
     assert run_next(site.context, [TaskKind.PLAN])

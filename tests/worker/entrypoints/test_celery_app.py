@@ -234,9 +234,7 @@ def test_a_worker_claims_jobs_during_a_redis_outage_and_reconnects_after_it(tmp_
 
 
 @pytest.mark.slow
-def test_a_worker_without_redis_saves_its_polled_job_when_terminated(
-    tmp_path: Path,
-) -> None:
+def test_a_worker_without_redis_saves_its_polled_job_when_terminated(tmp_path: Path) -> None:
     with (
         closed_port() as port,
         worker_site(tmp_path, LORRY_REDIS_URL=f"redis://127.0.0.1:{port}/0", LORRY_DEVICE="cpu") as site,

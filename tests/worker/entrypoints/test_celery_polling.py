@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from catalog.errors import Unavailable
-from worker.entrypoints.celery_polling import QueuePoller
+from worker.entrypoints.celery_app import QueuePoller
 
 pytestmark = pytest.mark.timeout(60)
 NEVER = 3600.0

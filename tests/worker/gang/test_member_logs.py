@@ -23,9 +23,8 @@ from tests.worker.session.test_job_logs import log_texts, printed
 from worker import supervisor
 from worker.background.task_runner import TaskRunner
 from worker.gang import member as lending
-from worker.gang import member_logs
 from worker.gang.gang import gang_of
-from worker.gang.member_logs import MemberOutput
+from worker.gang.member import MemberOutput
 from worker.process.launcher import TrainerProcess
 from worker.protocol.mailbox import Json
 from worker.session import job_logs as session_job_logs
@@ -41,7 +40,7 @@ class MemberSite:
         self.gang = GangSite(site, monkeypatch)
         self.leader = self.gang.place("w1")
         self.round_id = ""
-        monkeypatch.setattr(member_logs, "POLL_SECONDS", 0.0)
+        monkeypatch.setattr(lending, "LOG_POLL_SECONDS", 0.0)
         monkeypatch.setattr(session_job_logs, "PUSH_SECONDS", 0.0)
         start_once_joined(self.gang, monkeypatch)
 
@@ -82,9 +81,7 @@ def test_output_of_a_member_is_logged_by_its_ranks_in_the_gang(member: MemberSit
     assert log_texts(member.site, claim.job.id, rank=2) == [f"its second, of {claim.job.id} in $LORRY_DATA_DIR"]
 
 
-def test_a_job_logs_only_the_output_of_its_period_and_no_foreign_ids(
-    member: MemberSite,
-) -> None:
+def test_a_job_logs_only_the_output_of_its_period_and_no_foreign_ids(member: MemberSite) -> None:
     first = member.site.claim(seed=1)
     second_id: list[str] = []
     midway: list[list[str]] = []
@@ -174,7 +171,7 @@ def test_a_members_trainer_dumps_its_stacks_if_the_leaders_trainer_hung(
         assert not trainer.is_killed
         printed(trainer.directory, f"{why} It stands here.\n")
 
-    monkeypatch.setattr(member_logs.exit_status, "dump_stacks", ask)
+    monkeypatch.setattr(lending.exit_status, "dump_stacks", ask)
 
     def script(_: FakeTrainer) -> Generator[None]:
         yield

@@ -185,9 +185,7 @@ def test_each_gpu_has_an_equal_part_of_the_host_memory(
 
 
 @pytest.mark.usefixtures("three_gpus")
-def test_each_gpu_of_a_group_has_a_process_with_the_memory_of_the_smallest(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_each_gpu_of_a_group_has_a_process_with_the_memory_of_the_smallest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     group = node.choose_device("2,0")

@@ -55,9 +55,7 @@ def test_gpu_utilization_is_reported_in_base_units(monkeypatch: pytest.MonkeyPat
     }
 
 
-def test_a_gpu_group_reports_mean_utilization_top_temperature_and_sums(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_gpu_group_reports_mean_utilization_top_temperature_and_sums(monkeypatch: pytest.MonkeyPatch) -> None:
     group = devices.Device(kind="cuda", indices=(0, 3), name="2 x GPU", memory_bytes=160 * 2**30)
     of_each = {0: (20, 70, 100_000), 3: (80, 50, 300_000)}
     functions = {

@@ -101,18 +101,27 @@ def ended(site: PackSite, *logs: str, is_alone: bool = False) -> LocalExit:
         trainer.close()
 
 
-@pytest.mark.parametrize("error", ["OSError: [Errno 28] No space left on device", "torch.OutOfMemoryError: CUDA […]"])
-def test_a_shortage_on_another_node_is_a_cascading_failure_here(site: PackSite, error: str) -> None:
-    end = ended(site, fellow(2, error), GLOO)
-
-    assert (end.is_echo, end.reason) == (True, EndReason.INFRA_LOST)
-    assert error in end.detail
+MEMORY = "torch.OutOfMemoryError: CUDA"
+DISK_FULL = "OSError: [Errno 28] No space left on device"
 
 
-def test_a_shortage_on_this_node_is_its_own_failure(site: PackSite) -> None:
-    end = ended(site, fellow(1, "torch.OutOfMemoryError: CUDA out of memory."), "torch.OutOfMemoryError: CUDA […]")
+@pytest.mark.parametrize(
+    ("logs", "is_echo", "reason", "named"),
+    [
+        ((fellow(2, DISK_FULL), GLOO), True, EndReason.INFRA_LOST, DISK_FULL),
+        ((fellow(2, f"{MEMORY} […]"), GLOO), True, EndReason.INFRA_LOST, f"{MEMORY} […]"),
+        ((fellow(1, f"{MEMORY} out of memory."), f"{MEMORY} […]"), False, EndReason.CUDA_OOM, ""),
+        ((fellow(2, DISK_FULL) + SEGFAULT, GLOO), False, EndReason.TRAINER_CRASHED, ""),
+    ],
+    ids=["full disk of a peer", "memory of a peer", "own memory", "own crash after an error of a peer"],
+)
+def test_a_shortage_is_a_failure_of_its_own_node_and_cascades_to_others(
+    site: PackSite, logs: tuple[str, ...], is_echo: bool, reason: EndReason, named: str
+) -> None:
+    end = ended(site, *logs)
 
-    assert (end.is_echo, end.reason) == (False, EndReason.CUDA_OOM)
+    assert (end.is_echo, end.reason) == (is_echo, reason)
+    assert named in end.detail
 
 
 def handled(error: Exception) -> str:
@@ -137,12 +146,6 @@ def test_handled_out_of_memory_is_not_the_cause_of_a_later_exit(site: PackSite) 
     alone = ended(site, short + "KeyError: 'step'\n", is_alone=True)
 
     assert (alone.reason, alone.detail.endswith("KeyError: 'step'")) == (EndReason.TRAINER_CRASHED, True)
-
-
-def test_a_crashed_node_is_not_classified_by_a_peers_error(site: PackSite) -> None:
-    end = ended(site, fellow(2, "OSError: [Errno 28] No space left on device") + SEGFAULT, GLOO)
-
-    assert (end.is_echo, end.reason) == (False, EndReason.TRAINER_CRASHED)
 
 
 @pytest.mark.parametrize("is_alone", [True, False])

@@ -20,7 +20,7 @@ READS = """
 import ctypes, json, os, sys
 from pathlib import Path
 import psutil
-from catalog.process_inspection import deny_inspection
+from catalog.processes import deny_inspection
 from worker.node import cgroup
 from worker.process import exit_status
 if os.getuid() == 0:
@@ -98,7 +98,7 @@ def test_every_process_with_secrets_denies_inspection_first(
 
 @NEEDS_LINUX
 def test_a_started_program_is_readable_again() -> None:
-    code = "import subprocess, sys; from catalog.process_inspection import deny_inspection; deny_inspection()\n" + (
+    code = "import subprocess, sys; from catalog.processes import deny_inspection; deny_inspection()\n" + (
         "subprocess.run([sys.executable, '-c', 'import ctypes; print(ctypes.CDLL(None).prctl(3, 0, 0, 0, 0))'])"
     )
 

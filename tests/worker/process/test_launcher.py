@@ -49,9 +49,7 @@ def test_no_secret_of_the_worker_reaches_a_trainer(tmp_path: Path, monkeypatch: 
     assert environment["TOKENIZERS_PARALLELISM"] == "false"
 
 
-def test_tuning_variables_of_libraries_pass_and_credentials_do_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_tuning_variables_of_libraries_pass_and_credentials_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
     tuning = {"NVIDIA_VISIBLE_DEVICES", "NCCL_IB_PKEY", "CUDA_MODULE_LOADING", "TORCH_LOGS"}
     tuning |= {"TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "CC"}
     credentials = {"NVIDIA_API_KEY", "TORCH_HUB_TOKEN", "CUDA_SECRET", "NCCL_password", "NVIDIA_CREDENTIALS"}

@@ -1,4 +1,4 @@
-"""Each process of a trainer prints into its own file, and dumps its stacks on request."""
+"""Each process of a trainer prints into its own file. A gang has a valid address."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from socket import AF_INET, AF_INET6
+from types import SimpleNamespace
 
 import pytest
 
 from tests.worker_site import ROOT, WAIT_SECONDS, wait_until
 from worker.protocol import errors
+from worker.protocol.rendezvous import place_of
 
 BEGUN = "from worker.protocol import errors; import os, sys, time; errors.begin_rank_log(sys.argv[1]);"
 
@@ -62,3 +65,21 @@ def test_a_crash_by_a_signal_prints_the_stack(tmp_path: Path) -> None:
 
     assert "Segmentation fault" in printed
     assert "in fall" in printed
+
+
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("10.0.0.12", "would listen on 10.0.0.11, the first address of eth0"),
+        ("fd00::2", "must be an IPv4 address"),
+        ("node-a", "must be an IPv4 address"),
+        ("10.0.0.13", "no network interface of this node has that address"),
+    ],
+)
+def test_an_address_at_which_a_trainer_would_not_listen_is_rejected(address: str, why: str) -> None:
+    found = ((AF_INET, "10.0.0.11"), (AF_INET, "10.0.0.12"), (AF_INET6, "fd00::2"))
+    interfaces = {"eth0": [SimpleNamespace(family=family, address=text) for family, text in found]}
+
+    assert place_of("10.0.0.11", interfaces) == ("10.0.0.11", "eth0")
+    with pytest.raises(SystemExit, match=why):
+        place_of(address, interfaces)

@@ -21,10 +21,10 @@ from catalog.tables.fleet import Worker
 from tests.catalog.world import DESCRIPTION
 from tests.worker.pack_site import OUTAGE, READY, PackSite, emit, emit_for
 from worker.context.context import check_strategy, open_worker
+from worker.next_work import capacity_report, free_capacity
 from worker.node import devices as node
 from worker.protocol.mailbox import TrainerDirectory
-from worker.session.capacity import capacity_report, free_capacity
-from worker.session.sharding import reason_for, strategy_for
+from worker.session.base_load import reason_for, strategy_for
 from worker.session.trainer_session import TrainerSession
 
 BLOCKS = {"blocks": {"count": 2, "num_parameters": 8000, "largest_parameters": 1000}}

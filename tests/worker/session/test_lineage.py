@@ -14,7 +14,7 @@ from catalog.scheduling.snapshot import Capacity
 from catalog.states import EndReason
 from catalog.tables.history import Attempt
 from tests.worker.pack_site import PASSED, PackSite, emit_for
-from worker.session.lineage import earlier_guarantees
+from worker.session.publishing import earlier_guarantees
 
 
 def attempt(site: PackSite, number: int, level: str, *, from_step: int = 0, saves: int | None = None) -> Claim:
@@ -61,31 +61,23 @@ def test_the_determinism_of_a_trainer_is_recorded_with_its_adapter(site: PackSit
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "recorded"),
+    ("first", "second", "from_step", "recorded"),
     [
-        ("bitwise", "bitwise", "bitwise"),
-        ("allclose", "bitwise", "allclose"),
-        ("bitwise", "allclose", "allclose"),
+        ("bitwise", "bitwise", 5, "bitwise"),
+        ("allclose", "bitwise", 5, "allclose"),
+        ("bitwise", "allclose", 5, "allclose"),
+        ("allclose", "bitwise", 0, "bitwise"),
     ],
 )
-def test_steps_of_an_earlier_trainer_count_with_its_determinism(
-    site: PackSite, first: str, second: str, recorded: str
+def test_steps_of_an_earlier_trainer_count_with_its_determinism_unless_discarded(
+    site: PackSite, first: str, second: str, from_step: int, recorded: str
 ) -> None:
     site.queued()
-    attempt(site, 1, first, saves=5)
 
-    claim = attempt(site, 2, second, from_step=5)
+    attempt(site, 1, first, saves=5)
+    claim = attempt(site, 2, second, from_step=from_step)
 
     assert recorded_level(site, claim) == recorded
-
-
-def test_discarded_steps_do_not_count(site: PackSite) -> None:
-    site.queued()
-    attempt(site, 1, "allclose", saves=5)
-
-    claim = attempt(site, 2, "bitwise", from_step=0)
-
-    assert recorded_level(site, claim) == "bitwise"
 
 
 @pytest.mark.parametrize(

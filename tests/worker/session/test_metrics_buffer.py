@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from worker.session.metrics_buffer import FLUSH_SECONDS, MAX_POINTS, Curve
+from worker.session.session_job import FLUSH_SECONDS, MAX_POINTS, Curve
 
 
 def step(number: int, *, seconds: float, num_tokens: int = 100) -> dict[str, float]:

@@ -16,7 +16,7 @@ from catalog.registry import lineage as registry
 from catalog.storage import files
 from catalog.storage.manifest import DamagedArtifact, Manifest
 from tests.worker.pack_site import OUTAGE, READY, PackSite, emit_for
-from worker.session import lineage, publishing
+from worker.session import publishing
 
 
 def test_a_missing_folder_is_not_stored_as_an_empty_artifact(site: PackSite) -> None:
@@ -127,7 +127,7 @@ def test_a_checkpoint_that_cannot_be_published_is_kept_with_a_warning(
 ) -> None:
     claim = site.claim()
     session = site.session(claim)
-    monkeypatch.setattr(lineage, "record", raises(error))
+    monkeypatch.setattr(publishing, "draft_lineage", raises(error))
 
     emit_for(session, claim, "checkpointed", **site.exported(session, claim, 5))
     session.read_events()
@@ -147,7 +147,7 @@ def test_a_stale_claim_and_an_outage_are_raised(
 ) -> None:
     claim = site.claim()
     session = site.session(claim)
-    monkeypatch.setattr(lineage, "record", raises(error))
+    monkeypatch.setattr(publishing, "draft_lineage", raises(error))
 
     with pytest.raises(type(error)):
         publishing.checkpoint(site.context, claim, session.directory, site.exported(session, claim, 5), trainer={})

@@ -23,7 +23,7 @@ from tests.worker.pack_site import PackSite
 from worker.background import base_models, tokenization
 from worker.children.trainer.job_config import job_config
 from worker.protocol.mailbox import AdmitBody, InboxReader
-from worker.session import lineage
+from worker.session import publishing
 from worker.session.trainer_session import TrainerSession
 
 
@@ -69,9 +69,7 @@ def _again(site: PackSite, claim: Claim) -> Claim:
     return again
 
 
-def test_a_damaged_checkpoint_is_skipped_and_can_be_stored_again(
-    site: PackSite,
-) -> None:
+def test_a_damaged_checkpoint_is_skipped_and_can_be_stored_again(site: PackSite) -> None:
     claim = site.claim_with_checkpoints(10, 20)
     newest, older = claim.resume_candidates
     assert newest.artifact is not None
@@ -167,10 +165,10 @@ def test_the_lineage_record_of_a_child_names_that_of_its_parent(
     site: PackSite, parent: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claim = site.claim(parent_adapter=parent.id, seed=2)
-    monkeypatch.setattr(lineage, "_data", lambda *_: [])
+    monkeypatch.setattr(publishing, "_data", lambda *_: [])
     manifest = site.store.get_manifest(parent.artifact)
 
-    built = lineage.record(
+    built = publishing.draft_lineage(
         site.context, claim, manifest, num_parameters=1, trainer={"invariance": "bitwise", "versions": {}}, results={}
     )
 

@@ -346,9 +346,7 @@ def test_a_pending_job_with_dropout_is_counted_with_its_mask(site: PackSite, mon
     assert session.memory.to_come() == without + own_bytes(dropping.job) + mask_bytes
 
 
-def test_a_crash_counts_against_jobs_that_a_loaded_trainer_received(
-    site: PackSite,
-) -> None:
+def test_a_crash_counts_against_jobs_that_a_loaded_trainer_received(site: PackSite) -> None:
     crash = End(reason=EndReason.TRAINER_CRASHED, detail="signal 9")
     early, given, late = site.claim(seed=1), site.claim(seed=2), site.claim(seed=3)
     site.loading_session(early).end_all(crash)

@@ -23,12 +23,11 @@ from catalog.settings import Settings
 from catalog.tables.history import TrackerRunRow
 from tests.catalog.world import World
 from tests.worker_site import wait_until
-from worker.children.tracker.runs import WandbRun
+from worker import trackers
+from worker import trackers as run_session
+from worker.children.tracker import WandbRun
 from worker.process.launcher import child_environment
-from worker.trackers import run_writer
-from worker.trackers import session as run_session
-from worker.trackers.run_writer import writing_runs
-from worker.trackers.session import TrackerRunFailed, TrackerRunSession, available, places
+from worker.trackers import TrackerRunFailed, TrackerRunSession, available, places, writing_runs
 
 WAIT_SECONDS = 240.0
 """Enough for a heavily loaded machine."""
@@ -42,7 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setattr(run_writer, "POLL_SECONDS", 0.2)
+    monkeypatch.setattr(trackers, "POLL_SECONDS", 0.2)
     return Settings(data_dir=tmp_path)
 
 
@@ -245,7 +244,7 @@ def test_a_crash_is_logged_as_one_of_the_tracker_thread(
 def test_a_run_whose_process_hangs_fails_and_leaves_no_process(settings: Settings) -> None:
     begun = {"type": "tensorboard", "run": _RUN, "run_id": None, "next_step": 0, "places": places(settings)}
     session = TrackerRunSession(begun)
-    (child,) = [one for one in psutil.Process().children() if "worker.children.tracker.main" in one.cmdline()]
+    (child,) = [one for one in psutil.Process().children() if "worker.children.tracker" in one.cmdline()]
 
     child.suspend()
     hasty: Any = session
@@ -325,7 +324,7 @@ def test_a_wandb_run_uses_the_name_of_its_project_and_no_entity_of_the_job(
 
 
 def test_a_worker_imports_no_tracker_library() -> None:
-    code = "import sys, worker.context.context, worker.children.tracker.main; print(*sys.modules)"
+    code = "import sys, worker.context.context, worker.children.tracker; print(*sys.modules)"
     listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
     assert not {*run_session.LIBRARIES.values(), "torch"} & set(listed.stdout.split())

@@ -25,18 +25,17 @@ from catalog.lifecycle import recording, recovery
 from catalog.maintenance import garbage_collection
 from catalog.maintenance.backup import database_dump, location
 from catalog.maintenance.backup.commands import create, restore, verify
-from catalog.maintenance.backup.location import BackupPlace, BackupRecord, open_place
-from catalog.maintenance.backup.location_lease import BACKUP_LEASE_SECONDS
+from catalog.maintenance.backup.location import BACKUP_LEASE_SECONDS, BackupPlace, BackupRecord, open_place
 from catalog.queue import claiming
 from catalog.registry import adapters
 from catalog.settings import Settings
 from catalog.states import JobState
 from catalog.storage.object_storage import CHUNK_BYTES, Objects
 from catalog.storage.store import ArtifactStore, blob_key
-from catalog.tables.audit import AuditEvent
 from catalog.tables.history import Attempt
 from catalog.tables.jobs import Job
 from catalog.tables.storage import Adapter, Artifact
+from catalog.tables.tenancy import AuditEvent
 from tests.catalog.backup_service import Service, opened
 from tests.catalog.world import LEASE, PEPPER, manifest, sha
 from tests.next_migration import LATER, UNRELEASED

@@ -24,10 +24,9 @@ from catalog.maintenance.backup.commands import create, restore, verify
 from catalog.maintenance.backup.location import BackupRecord
 from catalog.settings import Settings
 from catalog.storage.object_storage import Objects
-from catalog.tables.audit import AuditEvent, AuditHead
 from catalog.tables.history import JobEvent
 from catalog.tables.table import Table
-from catalog.tables.tenancy import Project
+from catalog.tables.tenancy import AuditEvent, AuditHead, Project
 from catalog.tenancy import projects
 from tests import next_migration
 from tests.catalog.backup_service import Service, content, opened

@@ -57,15 +57,17 @@ def wait_for_program(folder: Path, *, other_than: int = 0) -> dict[str, Any]:
     return json.loads(record.read_text())
 
 
-def test_service_without_a_base_model_is_a_clear_error(folder: Path) -> None:
-    argv = [*UP, "--data-dir", str(folder / "data"), "--serve", "vllm"]
+@pytest.mark.parametrize(("serve", "printed"), [("vllm", "lorry models add NAME SOURCE"), ("vllm:other", "'other'")])
+def test_missing_base_model_stops_the_start_with_a_clear_error(folder: Path, serve: str, printed: str) -> None:
+    argv = [*UP, "--data-dir", str(folder / "data"), "--serve", serve]
     env = {**os.environ, "PATH": path_of(folder)}
 
     done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120, env=env)
 
     assert done.returncode == 1
-    assert "lorry models add NAME SOURCE" in done.stderr
+    assert printed in done.stderr
     assert "Traceback" not in done.stderr
+    assert APIError.__name__ not in done.stderr
 
 
 def test_only_base_model_is_served_registered_and_supervised(folder: Path) -> None:
@@ -115,17 +117,6 @@ def test_later_start_keeps_the_endpoint_and_a_killed_parent_leaves_nothing(folde
         assert found["env"]["VLLM_API_KEY"] == before["env"]["VLLM_API_KEY"]
         process.kill()
         until(lambda: not is_alive(found["pid"]) and not is_alive(found["helper"]))
-
-
-def test_unknown_base_model_stops_the_start(folder: Path) -> None:
-    argv = [*UP, "--data-dir", str(folder / "data"), "--serve", "vllm:other"]
-    env = {**os.environ, "PATH": path_of(folder)}
-
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, timeout=120, env=env)
-
-    assert done.returncode == 1
-    assert "'other'" in done.stderr
-    assert APIError.__name__ not in done.stderr
 
 
 def test_server_that_can_not_start_is_given_up_and_shown_in_its_endpoint(folder: Path) -> None:

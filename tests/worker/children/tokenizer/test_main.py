@@ -74,17 +74,27 @@ def test_answers_found_by_prefixes_equal_the_marked_ones(
     assert marked.prepare(CHATS[chat])[0].get("answers_by") == "generation blocks"
 
 
-@pytest.mark.parametrize("name", ["smollm2", "marked"])
-def test_answers_and_the_end_of_their_turns_are_trained_on(make_base: Any, name: str) -> None:
-    base: Base = make_base(TEMPLATES[name])
+GENERATION_IN_A_MACRO = (
+    "{% macro of(m) %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endmacro %}"
+    "{% for m in messages %}{% set text = of(m) if m.role == 'assistant' else m.content %}{{ text }}\n{% endfor %}"
+)
 
-    assert base.trained_text(turns("What?", "4", "Why?", "Because.")) == "4<|im_end|>|Because.<|im_end|>"
 
+@pytest.mark.parametrize(
+    ("template", "chat", "trained"),
+    [
+        (TEMPLATES["smollm2"], ("What?", "4", "Why?", "Because."), "4<|im_end|>|Because.<|im_end|>"),
+        (TEMPLATES["marked"], ("What?", "4", "Why?", "Because."), "4<|im_end|>|Because.<|im_end|>"),
+        (INSTRUCT, ("a", "b ", "c", "d"), " b<|im_end|>| d<|im_end|>"),  # it has no marker of the prompt
+        (GENERATION_IN_A_MACRO, ("question", "answer", "more", "again"), "answer<|im_end|>|again<|im_end|>"),
+    ],
+)
+def test_answers_and_the_end_of_their_turns_are_trained_on(
+    make_base: Any, template: str, chat: tuple[str, ...], trained: str
+) -> None:
+    base: Base = make_base(template)
 
-def test_an_answer_without_a_prompt_marker_ends_with_the_end_of_text(make_base: Any) -> None:
-    base: Base = make_base(INSTRUCT)
-
-    assert base.trained_text(turns("a", "b ", "c", "d")) == " b<|im_end|>| d<|im_end|>"
+    assert base.trained_text(turns(*chat)) == trained
 
 
 @pytest.mark.parametrize("name", ["smollm2", "marked"])
@@ -112,15 +122,6 @@ def test_the_developer_role_equals_the_system_role(make_base: Any) -> None:
     assert base.rows([{"role": "developer", "content": "x"}, *turns("a", "b")]) == base.rows(
         turns("a", "b", system="x")
     )
-
-
-def test_a_generation_block_in_a_macro_is_found(make_base: Any) -> None:
-    base: Base = make_base(
-        "{% macro of(m) %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endmacro %}"
-        "{% for m in messages %}{% set text = of(m) if m.role == 'assistant' else m.content %}{{ text }}\n{% endfor %}"
-    )
-
-    assert base.trained_text(turns("question", "answer", "more", "again")) == "answer<|im_end|>|again<|im_end|>"
 
 
 def test_the_first_token_of_a_row_is_never_trained_on(make_base: Any) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from tests.worker.chat_bases import Base
+from tests.worker.chat_bases import Base, train_tokenizer
 from worker.children import data_overlap
 from worker.children.tokenizer.main import prepare
 from worker.children.tokenizer.preview import MAX_SHOWN, NUM_SAMPLES, ShownRows, ShownToken
@@ -122,3 +123,31 @@ def test_pairs_overlap_only_if_both_answers_match(tmp_path: Path) -> None:
     valid = written(tmp_path / "valid", [1, 2], [3], [4], [6], [1], [2, 3])
 
     assert data_overlap.count(train, valid, in_pairs=True) == (1, 3)
+
+
+SENTENCEPIECE = decoders.Sequence(
+    [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+)
+"""The decoder of Llama 2 and Mistral: the first token of a text loses its leading space."""
+
+
+def sentencepiece() -> str:
+    pieces = ["<unk>", "▁a", "▁lorry", "▁is", "▁red", "s", ".", "a"]
+    tokenizer = Tokenizer(models.Unigram([(piece, -float(rank)) for rank, piece in enumerate(pieces)], unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = SENTENCEPIECE
+    return tokenizer.to_str()
+
+
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes"])
+def test_texts_of_tokens_join_to_the_text(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(sentencepiece() if kind == "sentencepiece" else train_tokenizer())
+    text = BaseText(tmp_path)
+    first, *rest = text.prompt_ids("a lorry is red.", as_chat=False)
+
+    answer = [text.token_text(first, is_first=True), *(text.token_text(ident, is_first=False) for ident in rest)]
+
+    assert len(rest) > 3
+    assert "".join(answer) == text.text_of([first, *rest]) == "a lorry is red."
+    after_a_prompt = text.token_text(first, is_first=False)
+    assert after_a_prompt == (" a" if kind == "sentencepiece" else "a")

@@ -263,13 +263,20 @@ def test_an_unexpected_error_of_the_thread_is_not_blamed_on_a_job_that_is_export
         trainer.finish()
 
 
-def test_the_next_checkpoint_of_a_job_waits_for_its_last_one(make_trainer: Callable[..., Trainer], gate: Gate) -> None:
+@pytest.mark.parametrize(
+    ("num_ticks", "act"),
+    [(2 * EVERY - 1, lambda trainer: trainer.tick_until(2 * EVERY)), (EVERY, lambda trainer: trainer.close())],
+    ids=["before the next checkpoint", "before the exit of the trainer"],
+)
+def test_a_trainer_waits_for_the_last_checkpoint_of_a_job(
+    make_trainer: Callable[..., Trainer], gate: Gate, num_ticks: int, act: Callable[[Trainer], None]
+) -> None:
     trainer = make_trainer()
     trainer.admit()
-    trainer.tick_until(2 * EVERY - 1)
-    gate.open_soon()
+    trainer.tick_until(num_ticks)
 
-    trainer.tick_until(2 * EVERY)
+    gate.open_soon()
+    act(trainer)
 
     assert trainer.order("checkpointed") == [("checkpointed", 2)]
 
@@ -357,17 +364,6 @@ def test_a_divergence_is_reported_after_the_checkpoint_of_its_good_step(
 
     kinds = ("checkpointed", "diverged")
     assert trainer.order(*kinds) == [("checkpointed", 2), ("checkpointed", 3), ("diverged", 3)]
-
-
-def test_a_trainer_reports_its_last_checkpoints_when_it_exits(make_trainer: Callable[..., Trainer], gate: Gate) -> None:
-    trainer = make_trainer()
-    trainer.admit()
-    trainer.tick_until(EVERY)
-    gate.open_soon()
-
-    trainer.close()
-
-    assert trainer.order("checkpointed") == [("checkpointed", 2)]
 
 
 def test_a_trainer_that_crashes_reports_the_checkpoints_that_are_being_written(

@@ -1,17 +1,32 @@
-"""Conversion of a job's specification to the engine's configuration."""
+"""The engine gets the accepted configuration, and submission counts the parameters that the engine adapts."""
 
 from __future__ import annotations
 
 import math
-from typing import get_args
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
+import torch
 from pydantic import ValidationError
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from catalog.resources.memory import FURTHER_SLICES, MOST_JOB_TOKENS, SLICE_TOKENS, TICK_TOKENS
+from catalog.resources import memory
+from catalog.resources.memory import (
+    FURTHER_SLICES,
+    MOST_JOB_TOKENS,
+    SLICE_TOKENS,
+    TICK_TOKENS,
+    BaseModelMemory,
+    JobMemory,
+)
+from catalog.spec import target_modules
 from catalog.spec.job import FleetDefaults, JobRequest, JobSpec, resolve
 from catalog.spec.methods import MethodType, compares_with_start
+from lora_core.adapter.flat_adapter import FlatAdapter
 from lora_core.adapter.optimizer import learning_rate_at
+from lora_core.base_model.model import describe_base
+from lora_core.base_model.patching import choose_targets, find_linears
 from lora_core.config import MAX_DROPOUT, EarlyStoppingConfig, LoraConfig, ObjectiveConfig, OptimizerConfig
 from lora_core.engine_config import EngineConfig
 from worker.children.trainer.job_config import engine_config, job_config
@@ -82,27 +97,24 @@ def test_adafactor_hyperparameters_reach_the_engine() -> None:
     )
 
 
-def test_label_smoothing_and_neftune_reach_the_engine() -> None:
-    numbers = {"label_smoothing": 0.1, "neftune_alpha": 5}
-    requested = request(method={"type": "supervised", "supervised": {"hyperparameters": numbers}})
+@pytest.mark.parametrize(
+    ("method", "numbers", "objective", "neftune_alpha"),
+    [
+        ("supervised", {"label_smoothing": 0.1, "neftune_alpha": 5}, {"label_smoothing": 0.1}, 5),
+        ("dpo", {"label_smoothing": 0.2, "beta": 0.3}, {"label_smoothing": 0.2, "beta": 0.3}, 0),
+    ],
+)
+def test_hyperparameters_of_a_method_reach_the_engine(
+    method: str, numbers: dict[str, float], objective: dict[str, float], neftune_alpha: float
+) -> None:
+    requested = request(method={"type": method, method: {"hyperparameters": numbers}})
 
     config = job_config(
         resolve(requested, num_rows=100, max_positions=None, seed=1), num_steps=9, evaluate_every_steps=2
     )
 
-    assert config.objective == ObjectiveConfig(kind="supervised", label_smoothing=0.1)
-    assert config.neftune_alpha == 5
-
-
-def test_dpo_has_its_own_label_smoothing_and_no_neftune() -> None:
-    requested = request(method={"type": "dpo", "dpo": {"hyperparameters": {"label_smoothing": 0.2, "beta": 0.3}}})
-
-    config = job_config(
-        resolve(requested, num_rows=100, max_positions=None, seed=1), num_steps=9, evaluate_every_steps=2
-    )
-
-    assert config.objective == ObjectiveConfig(kind="dpo", beta=0.3, label_smoothing=0.2)
-    assert config.neftune_alpha == 0
+    assert config.objective == ObjectiveConfig(kind=method, **objective)  # pyright: ignore[reportArgumentType]
+    assert config.neftune_alpha == neftune_alpha
 
 
 def test_the_largest_dropout_of_a_request_is_the_engines() -> None:
@@ -183,3 +195,83 @@ def engine_of(device: str, *, num_threads: int) -> EngineConfig:
 @pytest.mark.parametrize("method", get_args(MethodType))
 def test_the_catalog_and_the_engine_agree_which_methods_need_a_reference(method: MethodType) -> None:
     assert compares_with_start(method) == ObjectiveConfig(kind=method).needs_reference
+
+
+SIZES = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": SIZES | HEADS,
+    "gemma3_text": SIZES | HEADS | {"head_dim": 16},
+    "phi3": SIZES | HEADS | {"pad_token_id": 0},
+    "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 64},
+    "gpt_neox": SIZES | {"num_attention_heads": 4},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 32, "vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 3}
+    | {"num_attention_heads": 4},
+}
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"use_dora": True, "layers_to_transform": [2, 0], "init_lora_weights": "olora"},
+    {"target_modules": r"re:.*\.[12]\..*", "rank_pattern": {r".*\.1\..*": 7, r"2\.[^.]*\.[^.]*": 3}, "use_dora": True},
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_counted_layers_and_parameters_equal_those_of_the_engine(
+    family: str, shape: dict[str, Any], tmp_path: Path
+) -> None:
+    config = AutoConfig.for_model(family, **FAMILIES[family])
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        modules = find_linears(AutoModelForCausalLM.from_config(config))
+    request = JobRequest.model_validate({"model": "m", "training_file": "f", "lora": {"rank": 5, **shape}})
+    spec = resolve(request, num_rows=100, max_positions=None, seed=1)
+
+    counted = target_modules.adapted(
+        describe_base(tmp_path), spec.lora, base_name=family, matcher=target_modules.Matcher()
+    )
+
+    lora = job_config(spec, num_steps=1, evaluate_every_steps=None).lora
+    targets = choose_targets(modules, lora)
+    assert {each.linear.path: each.rank for each in counted} == {each.name: lora.rank_of(each.name) for each in targets}
+    row = FlatAdapter(targets, lora, dtype=torch.float32, device="meta")
+    assert spec.lora.begins_with_the_base == lora.subtracts_start
+    num_parameters = memory.adapter_parameters(counted, use_dora=spec.lora.use_dora)
+    assert num_parameters == row.num_parameters
+    facts = JobMemory(
+        num_parameters=num_parameters,
+        use_dora=spec.lora.use_dora,
+        init_lora_weights=spec.lora.init_lora_weights,
+        longest_example=1,
+    )
+    parts = facts.parts(BaseModelMemory(describe_base(tmp_path), "float32"))
+    counted_bytes = sum(parts.values()) - parts["lora_products"]
+    outputs = sum(
+        out_features * count for (out_features, _), count in describe_base(tmp_path)["linear_shapes"].values()
+    )
+    products = (
+        memory.JOB_TOKENS * outputs * 4 if spec.lora.use_dora else 0
+    )  # belongs to a slice, not to the adapter state
+    assert row.num_bytes <= counted_bytes - products <= 1.15 * row.num_bytes
+
+
+@pytest.mark.parametrize("shape", [{}, {"rank": 1}, {"rank": 32, "use_dora": True, "rank_pattern": {"q_proj": 9}}])
+def test_the_adafactor_estimate_is_a_close_upper_bound(shape: dict[str, Any], tmp_path: Path) -> None:
+    config = AutoConfig.for_model("llama", **FAMILIES["llama"])
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        modules = find_linears(AutoModelForCausalLM.from_config(config))
+    request = JobRequest.model_validate({"model": "m", "training_file": "f", "lora": shape})
+    spec = resolve(request, num_rows=100, max_positions=None, seed=1)
+    lora = job_config(spec, num_steps=1, evaluate_every_steps=None).lora
+    targets = choose_targets(modules, lora)
+    row = FlatAdapter(targets, lora, dtype=torch.float32, device="meta", optimizer="adafactor")
+
+    resolved = spec.model_dump() | {"optimizer": {"type": "adafactor"}}
+    counted = JobMemory.of_spec(resolved, num_parameters=row.num_parameters).row_bytes("float32")
+    of_adamw = JobMemory(num_parameters=row.num_parameters).row_bytes("float32")
+
+    assert row.num_bytes <= counted <= of_adamw
+    assert counted <= 1.35 * row.num_bytes
+    if lora.rank > 1:
+        assert counted < 0.75 * of_adamw

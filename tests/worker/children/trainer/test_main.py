@@ -457,9 +457,7 @@ def test_a_device_error_stops_the_trainer_and_rejects_no_job(
     assert set(trainer._jobs) == {"claim-0", "claim-1"}
 
 
-def test_an_error_of_one_adapter_is_printed_as_handled(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_an_error_of_one_adapter_is_printed_as_handled(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(BadAdapter), outputs._blamed_on_adapter():  # pyright: ignore[reportPrivateUsage]
         raise KeyError("rank")
 

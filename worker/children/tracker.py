@@ -1,17 +1,19 @@
-"""Runs in each tracker. A class imports its tracker's library when it opens a run.
+"""A process that writes one run to a tracker. It reads requests as lines of JSON, and answers each with one line.
 
-All methods may raise any error of the library. Points come in the order of their steps, each with its kind, step, time
-(`at`, in seconds since 1970) and values by name.
+It has access to the tracker's library, but not to the database or the trainer. It exits when its standard input closes.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
+
+from catalog.processes import deny_inspection
 
 Json = dict[str, Any]
 MLFLOW_METRICS, MLFLOW_PARAMS, MLFLOW_CHARACTERS = 1000, 100, 5000
@@ -164,3 +166,42 @@ def _table(values: Json) -> str:
     """Return a Markdown table, which TensorBoard renders."""
     lines = [f"| {name} | {json.dumps(value).replace('|', '&#124;')} |" for name, value in values.items()]
     return "\n".join(("| | |", "|---|---|", *lines))
+
+
+OPENERS: dict[str, Any] = {"mlflow": MlflowRun, "tensorboard": TensorBoardRun, "wandb": WandbRun}
+
+
+def main() -> int:
+    deny_inspection()  # its environment holds the tracker's credentials
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # libraries print to standard output, which carries the answers
+    try:
+        _serve(sys.stdin, answers)
+    except Exception as error:  # noqa: BLE001  (any error of a library is reported, and ends the process)
+        _send(answers, {"error": f"{type(error).__name__}: {error}"})
+        return 1
+    return 0
+
+
+def _serve(lines: TextIO, answers: TextIO) -> None:
+    opening: Json = json.loads(next(lines))
+    run: TrackerRun = OPENERS[opening["type"]](opening)
+    _send(answers, {"run_id": run.run_id})
+    for line in lines:
+        request: Json = json.loads(line)
+        run.write(request["points"])
+        if request["end"] is not None:
+            run.end(request["end"])
+        _send(answers, {})
+        if request["end"] is not None:
+            return
+    run.close()
+
+
+def _send(answers: TextIO, answer: Json) -> None:
+    answers.write(json.dumps(answer) + "\n")
+    answers.flush()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,15 +1,15 @@
-"""Parses the tool calls in an answer. Pure.
+"""Parts of answers in OpenAI's format: the tool calls in a text, and the log-probabilities of /v1/completions. Pure.
 
-Formats, by the marks that models write: <tool_call>{"name", "arguments"}</tool_call> (Hermes, Qwen, SmolLM2),
-[TOOL_CALLS][{"name", "arguments"}] (Mistral), and a bare {"name", "parameters"} with or without <|python_tag|>
-(Llama 3.1 and later).
+Formats of tool calls, by the marks that models write: <tool_call>{"name", "arguments"}</tool_call> (Hermes, Qwen,
+SmolLM2), [TOOL_CALLS][{"name", "arguments"}] (Mistral), and a bare {"name", "parameters"} with or without
+<|python_tag|> (Llama 3.1 and later).
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -19,6 +19,7 @@ TAGGED = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)", re.DOTALL)
 LISTED = "[TOOL_CALLS]"
 PYTHON_TAG = "<|python_tag|>"
 MAX_CHARS = 2**20
+Json = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,3 +79,25 @@ def _call(value: Any) -> ParsedCall | None:
     if not isinstance(name, str) or not isinstance(arguments, dict):
         return None
     return ParsedCall(name=name, arguments=json.dumps(arguments, ensure_ascii=False))
+
+
+def text_logprobs(tokens: Sequence[Json], *, start: int) -> Json:
+    """Return OpenAI's older format. tokens: in the format of chats. start: characters of the answer before them, which
+    `text_offset` counts.
+
+    Of tokens with the same text, the sampled one counts, or else the most likely one.
+    """
+    offsets: list[int] = []
+    for token in tokens:
+        offsets.append(start)
+        start += len(token["token"])
+    return {
+        "tokens": [token["token"] for token in tokens],
+        "token_logprobs": [token["logprob"] for token in tokens],
+        "top_logprobs": [
+            {top["token"]: top["logprob"] for top in reversed(token["top_logprobs"])}
+            | {token["token"]: token["logprob"]}
+            for token in tokens
+        ],
+        "text_offset": offsets,
+    }

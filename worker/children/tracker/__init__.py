@@ -1,1 +1,0 @@
-"""The child process that writes a run to a tracker."""
