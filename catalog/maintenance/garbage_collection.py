@@ -18,6 +18,8 @@ from catalog.storage.store import GRACE_SECONDS, ArtifactStore
 from catalog.tables.history import Checkpoint, JobOutput
 from catalog.tables.jobs import FileOverlap, Job, Plan
 from catalog.tables.storage import Artifact, File, Prepared, UploadPart
+from catalog.tables.tasks import Task
+from catalog.tasks.task_queue import TaskKind
 from catalog.usage import ledger
 
 EXPIRED_AT_ONCE = 10_000
@@ -48,6 +50,8 @@ def drop_references(db: Database) -> None:
         _drop_checkpoints(session, now=now)
         checkpoints.expire(session)
         session.execute(delete(Plan).where(Plan.expires_at <= now))
+        is_of_a_plan = Task.subject.in_(select(Plan.id))
+        session.execute(delete(Task).where(Task.kind == TaskKind.PLAN, ~is_of_a_plan))
         _drop_prepared(session, now=now)
         existing = select(Prepared.key)
         is_dangling = or_(FileOverlap.train_key.not_in(existing), FileOverlap.valid_key.not_in(existing))

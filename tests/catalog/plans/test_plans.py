@@ -276,6 +276,14 @@ def test_expired_plan_and_its_row_are_removed(world: World) -> None:
         )
 
 
+def test_expired_plan_without_a_worker_leaves_no_task(world: World) -> None:
+    plan(world)
+    world.clock.advance(PLAN_SECONDS + 1)
+    garbage_collection.drop_references(world.db)
+
+    assert begin_plan(world.db, "w1") is None
+
+
 def test_expected_start_depends_on_free_workers_and_jobs_ahead(world: World) -> None:
     assert "no worker is running" in found(ready(world))["expected_start"]["basis"]
     world.worker()
