@@ -38,8 +38,6 @@ MOST_BYTES = 1 << 29
 Only heads are larger, in bf16 those with 128,256 tokens and at least 2,100 features."""
 FEWEST_PRODUCTS = 1 << 22
 """Multiplications below which a matmul is too short for several cores: threads need about 20 µs to begin."""
-RUN_LENGTHS = (1 << 40, 192, 256, 320, 336, 384, 448, 512)
-"""Numbers of summands after which a block may begin another sum (few_rows.py). They are tried in this order."""
 PATTERN = 8191
 """Length of the pattern that trial inputs repeat: a prime, so that no two rows are equal."""
 FACTOR = 0.7
@@ -90,19 +88,40 @@ class Product:
         self.in_pieces(blocks, x_TK.flip(0), matrix_KN, bias_N, in_blocks_TN)
         return torch.equal(at_once_TN, in_blocks_TN.flip(0))
 
-    def run_length(self, row_block: int) -> int | None:
-        """Return the run length with which few_rows.py has the bits of blocks. None if there is none."""
+    def run_ends(self, row_block: int) -> Tensor | None:
+        """Return the ends of runs [R] with which few_rows.py has the bits of blocks. None if there are none."""
         num_summed, num_columns = self.shape
+        run_ends = self._probe_run_ends(row_block)
         x_TK = _canceling(few_rows.MAX_ROWS, num_summed, self.dtype)
         weight_NK = torch.full((num_columns, num_summed), FACTOR, dtype=self.dtype)
         bias_N = _numbers(1, num_columns, self.dtype)[0].contiguous() if self.operation == "addmm" else None
         found_TN, expected_TN = x_TK.new_empty(2, len(x_TK), num_columns)
         self.in_pieces((row_block,), x_TK, weight_NK.T, bias_N, expected_TN)
-        for length in RUN_LENGTHS:
-            few_rows.multiply(x_TK, weight_NK, bias_N, found_TN, length)
-            if torch.equal(found_TN, expected_TN):
-                return length
-        return None
+        few_rows.multiply(x_TK, weight_NK, bias_N, found_TN, run_ends)
+        return run_ends if torch.equal(found_TN, expected_TN) else None
+
+    def _probe_run_ends(self, row_block: int) -> Tensor:
+        """Return the ends of the runs in which a block adds, if it adds in runs (few_rows.py).
+
+        Each column adds 1, the first summand, and two neighbors of half the distance from 1 to the next number. The
+        result is above 1 only if the neighbors were added to each other first. Then they lie in one run, not the first.
+        A run of one summand has no neighbors and is not found.
+        """
+        num_summed, num_columns = self.shape
+        x_1K = torch.full((1, num_summed), torch.finfo(self.dtype).eps / 2, dtype=self.dtype)
+        x_1K[:, 0] = 1
+        bias_N = torch.zeros(num_columns, dtype=self.dtype) if self.operation == "addmm" else None
+        weight_NK, y_1N = torch.zeros(num_columns, num_summed, dtype=self.dtype), x_1K.new_empty(1, num_columns)
+        is_together = torch.zeros(num_summed, dtype=torch.bool)
+        """Whether a summand and the next one lie in one run, not the first."""
+        for neighbors in torch.arange(1, max(1, num_summed - 1)).split(num_columns):
+            columns = torch.arange(len(neighbors))
+            weight_NK.zero_()[:, 0] = 1
+            weight_NK[columns, neighbors] = weight_NK[columns, neighbors + 1] = 1
+            self.in_pieces((row_block,), x_1K, weight_NK.T, bias_N, y_1N)
+            is_together[neighbors] = y_1N[0, : len(neighbors)] > 1
+        starts = 1 + (is_together[1:] & ~is_together[:-1]).nonzero()[:, 0]
+        return torch.cat([starts, torch.tensor([num_summed])])
 
     def in_pieces(
         self, sizes: tuple[int, ...], x_TK: Tensor, matrix_KN: Tensor, bias_N: Tensor | None, y_TN: Tensor
@@ -140,7 +159,7 @@ class ExactProducts:
     - **Pieces** (`pieces`). If all rows at once fail the trial, they are divided into pieces that pass. The last piece
       may exceed the rows that are left. It is padded.
     - **Few rows.** A kernel that reads the matrix once (few_rows.py) computes up to 8 rows by fp32 weights [N, K], if
-      such a trial finds a run length with which it has the bits of blocks.
+      it has the bits of blocks in such a trial. `Product.run_ends` finds the order in which it must add.
     - **Cores.** A lane has one core (runtime/cpu_lanes.py). If there are fewer parts than cores, a matmul uses several
       of them, after another trial with that number of threads.
     """
@@ -150,8 +169,8 @@ class ExactProducts:
         self._pieces: dict[tuple[tuple[Product, ...], int, int], tuple[int, ...]] = {}
         self._trials: dict[tuple[Product, int, int], bool] = {}
         """The outcome by matmul, number of rows and number of threads."""
-        self._run_lengths: dict[tuple[Product, int], int | None] = {}
-        """The run length of few rows by matmul and number of threads."""
+        self._run_ends: dict[tuple[Product, int], Tensor | None] = {}
+        """The ends of the runs of few rows by matmul and number of threads."""
         self._trial_lock = Lock()  # one trial at a time, because each allocates a matrix
 
     def run(
@@ -163,16 +182,16 @@ class ExactProducts:
         y_TN: Tensor,
     ) -> None:
         product = product_of(operation, matrix_KN)
-        run_length = self._run_length(product) if len(x_TK) <= few_rows.MAX_ROWS and runs_on(x_TK) else None
-        if run_length is not None:
-            few_rows.multiply(x_TK, matrix_KN.T, bias_N, y_TN, run_length)
+        run_ends = self._find_run_ends(product) if len(x_TK) <= few_rows.MAX_ROWS and runs_on(x_TK) else None
+        if run_ends is not None:
+            few_rows.multiply(x_TK, matrix_KN.T, bias_N, y_TN, run_ends)
             return
         pieces = self.pieces((product,), len(x_TK))
         with _threads(self._num_threads(product, pieces)):
             product.in_pieces(pieces, x_TK.contiguous(), matrix_KN, bias_N, y_TN)
 
-    def _run_length(self, product: Product) -> int | None:
-        """Return the run length of few rows, which the first call finds by trial. None: few rows are padded."""
+    def _find_run_ends(self, product: Product) -> Tensor | None:
+        """Return the ends of the runs of few rows, which the first call finds. None: few rows are padded."""
         num_summed, num_columns = product.shape
         if (
             product.operation == "addmm_"
@@ -184,9 +203,9 @@ class ExactProducts:
             return None
         call = (product, torch.get_num_threads())
         with self._trial_lock:
-            if call not in self._run_lengths:
-                self._run_lengths[call] = product.run_length(self.row_block)
-            return self._run_lengths[call]
+            if call not in self._run_ends:
+                self._run_ends[call] = product.run_ends(self.row_block)
+            return self._run_ends[call]
 
     def pieces(self, products: tuple[Product, ...], num_rows: int) -> tuple[int, ...]:
         """Return row counts for which all `products` give the bits of blocks. The last may exceed the rows left."""

@@ -2,8 +2,8 @@
 """A compiled matmul of at most 8 rows that sums in the order of torch's matmul of a block: y = x Wᵀ + b in fp32.
 
 Reading W takes most of the time of such a matmul. A block of 256 rows takes ten times as long (batch_invariant.py). The
-kernel reads W once, and adds as MKL's kernels do: fused multiply-adds in the order of K, in runs of a fixed length,
-whose sums are added to b. Letters: T rows, K summed, N columns.
+kernel reads W once, and adds as MKL's kernels do: fused multiply-adds in the order of K, in R runs whose sums are added
+to b. Letters: T rows, K summed, N columns.
 """
 
 from functools import partial
@@ -21,12 +21,15 @@ UNROLLED = 16
 """Summands between two prefetches. 16 weights fill a cache line."""
 
 
-def multiply(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, y_TN: Tensor, run_length: int) -> None:
-    """Write x Wᵀ + b to y. T is at most MAX_ROWS, N at least COLUMNS, and W and y are contiguous."""
+def multiply(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, y_TN: Tensor, run_ends: Tensor) -> None:
+    """Write x Wᵀ + b to y. T is at most MAX_ROWS, N at least COLUMNS, and W and y are contiguous.
+
+    `run_ends` [R] are the numbers of summands before the end of each run, in int64. The last is K.
+    """
     x_TK = x_TK.contiguous()
     bias = 0 if bias_N is None else bias_N.data_ptr()
     addresses = (x_TK.data_ptr(), weight_NK.data_ptr(), bias, y_TN.data_ptr())
-    _multiply(addresses, (*x_TK.shape, len(weight_NK)), run_length)
+    _multiply(addresses, (*x_TK.shape, len(weight_NK)), run_ends.numpy())
 
 
 @intrinsic
@@ -107,7 +110,7 @@ def _numbers_at(_context: Any, _address: Any = None) -> Any:
 
 
 @partial(compiled, in_order=True)
-def _multiply(addresses, shape, run_length):
+def _multiply(addresses, shape, run_ends):
     """`addresses` are those of x, W, b (0 if there is none) and y, `shape` is (T, K, N)."""
     num_rows, num_summed, num_columns = shape
     x, bias, y = _numbers_at(addresses[0]), _numbers_at(addresses[2]), _numbers_at(addresses[3])
@@ -120,14 +123,16 @@ def _multiply(addresses, shape, run_length):
         first = min(group * COLUMNS, num_columns - COLUMNS)  # the last columns may be computed twice
         for column in range(COLUMNS):
             sums[column] = bias[first + column] if addresses[2] else np.float32(0)
-        for start in range(0, num_summed, run_length):
+        start = 0
+        for end in run_ends:
             _add_run(
                 sums.ctypes.data,
                 by_summand.ctypes.data + start * MAX_ROWS * 4,
                 addresses[1] + (first * num_summed + start) * 4,
                 num_summed,
-                min(run_length, num_summed - start),
+                end - start,
             )
+            start = end
         for column in range(COLUMNS):
             for row in range(num_rows):
                 y[row * num_columns + first + column] = sums[column, row]

@@ -17,36 +17,40 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def multiplied(x: Tensor, weight: Tensor, bias: Tensor | None = None, run_length: int = 1 << 40) -> Tensor:
+def multiplied(x: Tensor, weight: Tensor, bias: Tensor | None = None, ends: tuple[int, ...] = ()) -> Tensor:
+    """Multiply in runs that end at `ends` and at the last summand."""
     y = torch.full((len(x), len(weight)), torch.nan)
-    few_rows.multiply(x, weight, bias, y, run_length)
+    few_rows.multiply(x, weight, bias, y, torch.tensor([*ends, x.shape[1]]))
     return y
 
 
 @pytest.mark.parametrize("rows", [1, 3, 8])
-@pytest.mark.parametrize(("summed", "columns"), [(1, 8), (15, 9), (16, 16), (33, 23), (100, 64)])
+@pytest.mark.parametrize(
+    ("summed", "columns", "ends"),
+    [(1, 8, ()), (15, 9, ()), (16, 16, (3,)), (33, 23, (16, 32)), (100, 64, (40, 57))],
+)
 @pytest.mark.parametrize("has_bias", [True, False])
-@pytest.mark.parametrize("run_length", [16, 1 << 40])
-def test_product_has_the_values_of_a_plain_matmul(rows, summed, columns, has_bias, run_length):
+def test_product_has_the_values_of_a_plain_matmul(rows, summed, columns, ends, has_bias):
     x, weight, bias = drawn(rows, summed), drawn(columns, summed, seed=1), drawn(columns, seed=2) if has_bias else None
 
-    found = multiplied(x, weight, bias, run_length)
+    found = multiplied(x, weight, bias, ends)
 
     torch.testing.assert_close(found, torch.nn.functional.linear(x, weight, bias), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("summands", "bias", "run_length", "expected"),
+    ("summands", "bias", "ends", "expected"),
     [
-        pytest.param([HUGE, 1, 1, -HUGE], 0, 4, 0, id="one run from the first summand to the last"),
-        pytest.param([HUGE, 1, 1, -HUGE], 0, 2, 1, id="two runs whose sums are added"),
-        pytest.param([1, 1], HUGE, 2, HUGE + 2, id="the bias is added after the run"),
-        pytest.param([1, 1], HUGE, 1, HUGE, id="the bias is added to the first run"),
+        pytest.param([HUGE, 1, 1, -HUGE], 0, (), 0, id="one run from the first summand to the last"),
+        pytest.param([HUGE, 1, 1, -HUGE], 0, (2,), 1, id="two runs whose sums are added"),
+        pytest.param([HUGE, 1, 1, 1, -HUGE], 0, (1, 3), 3, id="runs of unequal lengths"),
+        pytest.param([1, 1], HUGE, (), HUGE + 2, id="the bias is added after the run"),
+        pytest.param([1, 1], HUGE, (1,), HUGE, id="the bias is added to the first run"),
     ],
 )
-def test_summands_are_added_in_runs(summands, bias, run_length, expected):
+def test_summands_are_added_in_runs(summands, bias, ends, expected):
     found = multiplied(
-        torch.tensor([summands]).float(), torch.ones(8, len(summands)), torch.full((8,), bias).float(), run_length
+        torch.tensor([summands]).float(), torch.ones(8, len(summands)), torch.full((8,), bias).float(), ends
     )
 
     assert found.tolist() == [[expected] * 8]
@@ -61,21 +65,30 @@ def test_products_are_not_rounded_before_they_are_added():
 
 @pytest.fixture
 def blocks_in_runs(monkeypatch):
-    """Blocks add in runs of 320, 16 at a time where there are few rows."""
+    """Return a function that lets blocks add 1,000 summands in runs with the given ends, and few rows 16 at a time."""
+    run_ends: list[int] = []
 
     def compute(_: Product, x_TK: Tensor, matrix_KN: Tensor, bias_N: Tensor | None, y_TN: Tensor) -> None:
+        ends = torch.tensor([*(run_ends if len(x_TK) == BLOCK else range(16, 1000, 16)), 1000])
         for rows, y in zip(x_TK.split(8), y_TN.split(8), strict=True):
-            few_rows.multiply(rows, matrix_KN.T, bias_N, y, 320 if len(x_TK) == BLOCK else 16)
+            few_rows.multiply(rows, matrix_KN.T, bias_N, y, ends)
 
     monkeypatch.setattr(Product, "compute", compute)
+    return run_ends.extend
 
 
+@pytest.mark.parametrize("ends", [(), (320, 640, 960), (384, 692), (2, 998)])
 @pytest.mark.parametrize("bias", [None, drawn(24, seed=2)])
-def test_few_rows_have_the_bits_of_a_block(bias, blocks_in_runs):
+def test_few_rows_have_the_bits_of_a_block(bias, ends, blocks_in_runs, monkeypatch):
+    blocks_in_runs(ends)
     x, weight, exact = drawn(BLOCK, 1000), drawn(24, 1000, seed=1), ExactProducts(BLOCK)
     whole = linear(x, weight, bias, exact)
 
-    for number in range(1, 9):
+    few_TN = linear(x[:1], weight, bias, exact)
+    monkeypatch.setattr(Product, "compute", None)  # from now on, rows can't be padded
+
+    assert torch.equal(few_TN, whole[:1])
+    for number in range(2, 9):
         assert torch.equal(linear(x[:number], weight, bias, exact), whole[:number])
 
 
@@ -106,8 +119,8 @@ def test_other_few_rows_are_padded(weight, bias, monkeypatch):
     torch.testing.assert_close(found, torch.nn.functional.linear(x, weight, bias), rtol=2e-2, atol=2e-2)
 
 
-def test_few_rows_are_padded_if_no_order_has_the_bits_of_a_block(monkeypatch, blocks_in_runs):
-    monkeypatch.setattr(batch_invariant, "RUN_LENGTHS", (192, 256))
+def test_few_rows_are_padded_if_no_order_has_the_bits_of_a_block(blocks_in_runs):
+    blocks_in_runs((999,))  # a run of one summand is not found
     x, weight, exact = drawn(BLOCK, 1000), drawn(24, 1000, seed=1), ExactProducts(BLOCK)
 
     assert torch.equal(linear(x[:3], weight, None, exact), linear(x, weight, None, exact)[:3])
@@ -115,6 +128,7 @@ def test_few_rows_are_padded_if_no_order_has_the_bits_of_a_block(monkeypatch, bl
 
 
 def test_padding_is_not_computed(blocks_in_runs):
+    blocks_in_runs((320, 640, 960))
     x, weight, exact = drawn(16, 1000), drawn(24, 1000, seed=1), ExactProducts(BLOCK)
 
     found = linear(x, weight, None, exact, num_used=5)
