@@ -460,7 +460,7 @@ class Model(View):
     local_path: str | None = None
     """Folder of a base model on the API server's machine. Only operators see it."""
     error: JobFailure | None = None
-    """Reason of a failed import. Only operators see details."""
+    """Why the import failed, or why its last attempt failed and another one follows. Only operators see details."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,7 +28,7 @@ from catalog.resources.pack_key import precision_of, quantization_of
 from catalog.resources.sharding import Strategy
 from catalog.tables.jobs import Job
 from worker.background import base_models
-from worker.background.child_task import Abandoned
+from worker.background.child_task import Abandoned, AttemptFailed
 from worker.background.task_runner import TaskRunner
 from worker.context.context import WorkerContext
 from worker.gang.gang import WorkerGang, gang_of
@@ -37,7 +37,7 @@ from worker.node import scratch_dirs
 from worker.process.launcher import TrainerProcess, launch
 from worker.protocol.mailbox import Json, TrainerDirectory
 from worker.session.base_load import BaseLoad, BaseToLoad, strategy_for
-from worker.session.failures import TrainerEnd, job_failure, launch_failure, load_error
+from worker.session.failures import TrainerEnd, job_failure, launch_failure
 from worker.session.job_logs import cleaned
 from worker.session.session_job import STOPPED, End, requested_verb
 from worker.session.trainer_session import OUTAGES, TrainerSession
@@ -136,10 +136,10 @@ def _train(context: WorkerContext, gang: WorkerGang, tasks: TaskRunner, work: Wo
             for claim in waiting:
                 session.admit(claim)
         except (LorryError, OSError, Abandoned) as error:
-            if isinstance(error, base_models.ImportRefused):
+            if isinstance(error, AttemptFailed):
                 _best_effort(partial(_record_load_failure, context, first))
-            if work.load is not None and isinstance(error, base_models.ImportRefused | NotFound):
-                work.load.fail(load_error(error))
+            if work.load is not None and isinstance(error, AttemptFailed | NotFound):
+                work.load.fail(error.text)
             elif work.load is not None and not (context.draining or isinstance(error, OUTAGES)):
                 work.load.retry()
             _release(context, waiting, TrainerEnd.WORKER_SHUTDOWN.value if context.draining else launch_failure(error))

@@ -100,7 +100,11 @@ class ModelObject(BaseModel):
     local_path: str | None = Field(
         default=None, description="Folder of a base model on the API server's machine. Only operators see it."
     )
-    error: ModelError | None = Field(default=None, description="Reason of a failed import. Only operators see details.")
+    error: ModelError | None = Field(
+        default=None,
+        description="Why the import failed, or why its last attempt failed and another one follows. Only operators see "
+        "details.",
+    )
 
 
 class ModelDeleted(BaseModel):

@@ -31,6 +31,7 @@ from catalog.tables.jobs import Job
 from catalog.tables.storage import UNFINISHED_EXPORTS, Adapter, AdapterExport, Artifact, BaseModelRow
 from catalog.tables.table import Json, new_id
 from catalog.tasks import task_queue
+from catalog.tasks.outcomes import TaskSubject
 from catalog.tasks.task_queue import TaskClaim, TaskKind
 from catalog.tenancy.authentication import check_valid
 from catalog.usage import ledger
@@ -320,7 +321,8 @@ def refuse(db: Database, task: TaskClaim, error: LorryError) -> None:
         if since <= now - MAX_WAIT_SECONDS:
             message = f"{error.message} No worker has taken the export for {(now - since) / 3600:.0f} hours."
             remedy = f"{error.remedy} Then create the export again."
-            _fail(session, row, task, replace(error.text, message=message, remedy=remedy))
+            _fail(session, row, replace(error.text, message=message, remedy=remedy), False)
+            task_queue.finish(session, task)
             return
         row.status, row.error = "queued", error.text.report()  # a worker that was lost may have left it running
         task_queue.release_in(session, task)
@@ -341,31 +343,12 @@ def finish(db: Database, task: TaskClaim, exported: ExportResult) -> None:
         task_queue.finish(session, task)
 
 
-def fail(db: Database, task: TaskClaim, error: LorryError) -> None:
-    """Mark the export as failed: the same attempt would fail again. Raises StaleClaim."""
-    with db.write() as session:
-        _fail(session, task_queue.hold(session, task, AdapterExport), task, error.text)
-
-
-def retry(db: Database, task: TaskClaim, error: LorryError) -> None:
-    """Let another worker make the export, which may be the cause of the error. The last attempt fails it.
-
-    Raises StaleClaim.
-    """
-    with db.write() as session:
-        row = task_queue.hold(session, task, AdapterExport)
-        row.status = "queued"
-        if not task_queue.retry(session, task):
-            row.status, row.error, row.finished_at = "failed", error.text.report(), read_clock(session)
-
-
-def release(db: Database, task: TaskClaim, *, wait_seconds: float = 0) -> None:
-    """Let another worker make the export, because this one exits or the store does not answer. Raises StaleClaim."""
-    with db.write() as session:
-        task_queue.hold(session, task, AdapterExport).status = "queued"
-        task_queue.release_in(session, task, wait_seconds=wait_seconds)
-
-
-def _fail(session: Session, row: AdapterExport, task: TaskClaim, error: ErrorText) -> None:
+def _fail(session: Session, row: AdapterExport, error: ErrorText, _is_refused: bool) -> None:
     row.status, row.error, row.finished_at = "failed", error.report(), read_clock(session)
-    task_queue.finish(session, task)
+
+
+def _postpone(_session: Session, row: AdapterExport, _error: ErrorText | None, _run_after: float | None) -> None:
+    row.status = "queued"
+
+
+EXPORT = TaskSubject(table=AdapterExport, lost="export_lost", fail=_fail, postpone=_postpone)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from sqlalchemy import case, delete, select, true
+from sqlalchemy.orm import Session
 
 from catalog.db.database import Database, lower, read_clock
 from catalog.error_texts import ErrorText
@@ -19,7 +20,8 @@ from catalog.tables.fleet import Trainer, Worker, is_live
 from catalog.tables.serving import WantedBase
 from catalog.tables.table import Json
 from catalog.tables.tasks import Task
-from catalog.tasks import task_queue
+from catalog.tasks import outcomes, task_queue
+from catalog.tasks.outcomes import TaskSubject
 from catalog.tasks.task_queue import TaskClaim, TaskKind
 
 WANTED_SECONDS = 15.0
@@ -30,7 +32,7 @@ MAX_BASES = 16
 """Maximum number of base models that a worker considers for loading at once."""
 NOT_BEGUN = "not_begun"
 """Code of a worker's error: the trainer was unloaded before it began to answer, so another one is to be found."""
-LOAD_FAILED: Json = {**ErrorText.of("inference_failed").report()}
+LOAD_FAILED = ErrorText.of("inference_failed")
 INTERRUPTED = "answer_interrupted"
 """Code of a worker's error: the trainer was lost, or is being unloaded, while it answered."""
 
@@ -120,7 +122,7 @@ def reserve(db: Database, pack_key: str, *, worker_id: str, lease_seconds: float
     often."""
     claimed = task_queue.claim(db, [TaskKind.LOAD], lease_seconds=lease_seconds, worker_id=worker_id, subject=pack_key)
     if claimed is not None and claimed.is_exhausted:
-        fail(db, claimed, LOAD_FAILED)
+        outcomes.fail_lost(db, claimed, LOAD)
         return None
     return claimed
 
@@ -131,20 +133,16 @@ def note_loaded(db: Database, claimed: TaskClaim) -> None:
         task_queue.finish(session, claimed)
 
 
-def fail(db: Database, claimed: TaskClaim, error: Json) -> None:
-    """Fail the requests that wait for the base model. Raises StaleClaim."""
-    with db.write() as session:
-        row = task_queue.hold(session, claimed, WantedBase)
-        row.error, row.failed_at = error, read_clock(session)
-        task_queue.finish(session, claimed)
+def _fail_load(session: Session, row: WantedBase, error: ErrorText, _is_refused: bool) -> None:
+    """Fail the requests that wait for the base model."""
+    row.error, row.failed_at = error.report(), read_clock(session)
 
 
-def retry(db: Database, claimed: TaskClaim) -> None:
-    """Let a worker try again later, or fail the waiting requests after the last attempt. Raises StaleClaim."""
-    with db.write() as session:
-        row = task_queue.hold(session, claimed, WantedBase)
-        if not task_queue.retry(session, claimed):
-            row.error, row.failed_at = LOAD_FAILED, read_clock(session)
+def _postpone_load(_session: Session, _row: WantedBase, _error: ErrorText | None, _run_after: float | None) -> None:
+    """The requests wait on."""
+
+
+LOAD = TaskSubject(table=WantedBase, lost="inference_failed", fail=_fail_load, postpone=_postpone_load)
 
 
 def remove_lapsed(db: Database) -> None:

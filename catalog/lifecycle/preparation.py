@@ -20,12 +20,9 @@ from catalog.spec.job import JobSpec, evaluations_too_late, interval_exceeds, is
 from catalog.states import EndReason, Verb
 from catalog.tables.jobs import Job
 from catalog.tables.storage import BaseModelRow, File, Prepared
-from catalog.tables.table import Json
 from catalog.tasks import task_queue
+from catalog.tasks.outcomes import TaskSubject
 from catalog.tasks.task_queue import TaskClaim
-
-RETRY_SECONDS = 10.0
-"""Wait after a full disk or an unreachable store."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,16 +40,10 @@ class FilesToPrepare:
     valid_key: str | None
 
 
-def begin(db: Database, task: TaskClaim, *, worker_id: str) -> tuple[Job, FilesToPrepare] | None:
-    """Return the job of a claimed task and the files to prepare. Raises StaleClaim.
-
-    Returns None if the workers of all attempts were lost. Then the job has failed.
-    """
+def begin(db: Database, task: TaskClaim, *, worker_id: str) -> tuple[Job, FilesToPrepare]:
+    """Return the job of a claimed task and the files to prepare. Raises StaleClaim."""
     with db.write() as session:
         job = task_queue.hold(session, task, Job)
-        if task.is_exhausted:
-            _fail(session, job, lost(task.num_attempts - 1).as_job_error(), reason=EndReason.INFRA_LOST)
-            return None
         job.worker_id, job.run_after = worker_id, None
         return job, FilesToPrepare(
             project_id=job.project_id,
@@ -85,51 +76,19 @@ def finish(db: Database, task: TaskClaim, *, num_steps: int, longest_example: in
             events.add(session, job.id, now=now, level="warn", message=few.sentence())
 
 
-def refuse(db: Database, task: TaskClaim, *, error: Json) -> None:
-    """Fail a job whose files can't be trained on. `error` has code, message (with its remedy) and param.
-
-    Raises StaleClaim.
-    """
-    with db.write() as session:
-        job = task_queue.hold(session, task, Job)
-        _fail(session, job, {"param": "training_file", **error}, reason=EndReason.USER_ERROR)
-
-
-def release(db: Database, task: TaskClaim, *, detail: str, wait_seconds: float = 0) -> None:
-    """Release a job without preparing it, because the worker drains or the store did not answer. Raises StaleClaim."""
-    with db.write() as session:
-        job = task_queue.hold(session, task, Job)
-        task_queue.release_in(session, task, wait_seconds=wait_seconds)
-        _note_retry(session, job, detail, run_after=read_clock(session) + wait_seconds if wait_seconds else None)
-
-
-def retry(db: Database, task: TaskClaim, *, error: Json) -> None:
-    """Release a job whose preparation failed because of the files, the base model or the worker.
-
-    These causes can't be distinguished, so another worker retries. The last attempt fails the job.
-
-    error: code, message (with its remedy) and param, with which the job then fails. Raises StaleClaim.
-    """
-    with db.write() as session:
-        job = task_queue.hold(session, task, Job)
-        if task_queue.retry(session, task):
-            wait_seconds = task_queue.retry_wait(task.num_attempts)
-            _note_retry(session, job, error["message"], run_after=read_clock(session) + wait_seconds)
-        else:
-            message = f"Tokenization of the files failed {task.num_attempts} times. {error['message']}"
-            _fail(session, job, {**error, "message": message}, reason=EndReason.INFRA_LOST)
-
-
-def lost(number: int) -> ErrorText:
-    return ErrorText.of("preparation_lost", num_attempts=number, param="training_file")
-
-
-def _note_retry(session: Session, job: Job, detail: str, *, run_after: float | None) -> None:
-    job.worker_id, job.run_after, now = None, run_after, read_clock(session)
-    events.add(session, job.id, now=now, level="warn", message=f"Tokenization of the files will be retried: {detail}")
-
-
-def _fail(session: Session, job: Job, error: Json, *, reason: EndReason) -> None:
-    job.error = error
-    message, now = f"The job failed. {error['message']}", read_clock(session)
+def _fail_job(session: Session, job: Job, error: ErrorText, is_refused: bool) -> None:
+    """is_refused: the files can't be trained on."""
+    job.error = error.as_job_error()
+    reason = EndReason.USER_ERROR if is_refused else EndReason.INFRA_LOST
+    message, now = f"The job failed. {error.sentence()}", read_clock(session)
     move(session, job, Verb.REFUSED, now=now, message=message, reason=reason, level="error")
+
+
+def _postpone_job(session: Session, job: Job, error: ErrorText | None, run_after: float | None) -> None:
+    detail = error.sentence() if error is not None else "The worker is shutting down."
+    message = f"Tokenization of the files will be retried: {detail}"
+    job.worker_id, job.run_after = None, run_after
+    events.add(session, job.id, now=read_clock(session), level="warn", message=message)
+
+
+PREPARATION = TaskSubject(table=Job, lost="preparation_lost", fail=_fail_job, postpone=_postpone_job)

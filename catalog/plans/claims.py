@@ -8,7 +8,7 @@ from catalog.admission.target_layers import retried
 from catalog.db.database import Database, read_clock, upsert
 from catalog.error_texts import ErrorText
 from catalog.errors import StaleClaim
-from catalog.lifecycle.preparation import FilesToPrepare, lost
+from catalog.lifecycle.preparation import FilesToPrepare
 from catalog.plans import plans
 from catalog.settings import Settings
 from catalog.spec.job import JobSpec
@@ -16,6 +16,7 @@ from catalog.tables.jobs import FileOverlap, Plan
 from catalog.tables.storage import BaseModelRow, File
 from catalog.tables.table import Json
 from catalog.tasks import task_queue
+from catalog.tasks.outcomes import TaskSubject
 from catalog.tasks.task_queue import TaskClaim
 
 
@@ -26,7 +27,7 @@ def begin(db: Database, task: TaskClaim) -> FilesToPrepare | None:
     """
     with db.write() as session:
         plan = task_queue.hold(session, task, Plan)
-        error = _hindrance(session, plan, task)
+        error = _hindrance(session, plan)
         if error is not None:
             plan.state, plan.error = "failed", error
             task_queue.finish(session, task)
@@ -78,21 +79,19 @@ def _conclude(db: Database, task: TaskClaim, *, settings: Settings) -> None:
             task_queue.release_in(session, task)
 
 
-def fail(db: Database, task: TaskClaim, *, error: Json) -> None:
-    """Let another worker try a plan that this worker could not compute. The last attempt fails it. Raises StaleClaim.
-
-    error: code, message, param.
-    """
-    with db.write() as session:
-        plan = task_queue.hold(session, task, Plan)
-        if not task_queue.retry(session, task):
-            plan.state, plan.error = "failed", error
+def _fail_plan(_session: Session, plan: Plan, error: ErrorText, _is_refused: bool) -> None:
+    plan.state, plan.error = "failed", error.as_job_error()
 
 
-def _hindrance(session: Session, plan: Plan, task: TaskClaim) -> Json | None:
-    """The error of a plan that can no longer be computed, or None."""
-    if task.is_exhausted:
-        return lost(task.num_attempts - 1).as_job_error()
+def _postpone_plan(_session: Session, _plan: Plan, _error: ErrorText | None, _run_after: float | None) -> None:
+    """The plan is still `computing`."""
+
+
+PLAN = TaskSubject(table=Plan, lost="preparation_lost", fail=_fail_plan, postpone=_postpone_plan)
+
+
+def _hindrance(session: Session, plan: Plan) -> Json | None:
+    """Return the error of a plan that can no longer be computed, or None."""
     base = session.get_one(BaseModelRow, plan.base_model)
     if base.state == "deleted":
         return ErrorText.of("plan_base_deleted", base=base.name, param="model").as_job_error()

@@ -24,6 +24,7 @@ from catalog.tables.table import Json
 from catalog.tables.tasks import Task
 from catalog.tables.tenancy import Project
 from catalog.tasks import task_queue
+from catalog.tasks.outcomes import TaskSubject
 from catalog.tasks.task_queue import TaskClaim, TaskKind
 
 KINDS = ("hub", "folder", "gguf")
@@ -199,19 +200,10 @@ def _unknown(session: Session, wanted: str) -> NotFound:
     return NotFound("model_not_found" if known else "first_model_not_found", param="model", **values)
 
 
-def begin_import(db: Database, task: TaskClaim) -> BaseModelRow | None:
-    """Return the base model of a claimed task.
-
-    Returns None if the workers of all attempts were lost. Then the import has failed. Raises StaleClaim.
-    """
+def inspect_import(db: Database, task: TaskClaim) -> BaseModelRow:
+    """Return the base model of a claimed task. Raises StaleClaim."""
     with db.write() as session:
-        row = task_queue.hold(session, task, BaseModelRow)
-        if not task.is_exhausted:
-            return row
-        row.state = "failed"
-        row.error = ErrorText.of("import_lost", name=row.name, num_workers=task.num_attempts - 1).report()
-        task_queue.finish(session, task)
-        return None
+        return task_queue.hold(session, task, BaseModelRow)
 
 
 def finish_import(db: Database, task: TaskClaim, *, digest: str, manifest: Json, description: Json) -> None:
@@ -219,18 +211,19 @@ def finish_import(db: Database, task: TaskClaim, *, digest: str, manifest: Json,
     with db.write() as session:
         row = task_queue.hold(session, task, BaseModelRow)
         row.state, row.digest, row.manifest, row.description = "ready", digest, manifest, description
+        row.error = None
         task_queue.finish(session, task)
 
 
-def fail_import(db: Database, task: TaskClaim, *, error: Json) -> None:
-    """Mark the import as failed. Adding the model again retries it. Raises StaleClaim.
+def _fail_import(_session: Session, row: BaseModelRow, error: ErrorText, _is_refused: bool) -> None:
+    row.state, row.error = "failed", error.report()
 
-    error: code, message and remedy.
-    """
-    with db.write() as session:
-        row = task_queue.hold(session, task, BaseModelRow)
-        row.state, row.error = "failed", error
-        task_queue.finish(session, task)
+
+def _postpone_import(_session: Session, row: BaseModelRow, error: ErrorText | None, _run_after: float | None) -> None:
+    row.error = error and error.report()
+
+
+IMPORT = TaskSubject(table=BaseModelRow, lost="import_lost", fail=_fail_import, postpone=_postpone_import)
 
 
 def _note(session: Session, type: AuditType, name: str, *, details: Json) -> None:  # noqa: A002

@@ -11,6 +11,7 @@ from typing import cast as cast_to
 from sqlalchemy import String, Table, cast, insert, literal, select, true
 
 from catalog.db.database import Database, read_clock
+from catalog.error_texts import ErrorText
 from catalog.errors import Unauthorized
 from catalog.fleet import workers
 from catalog.history import queries
@@ -34,7 +35,7 @@ from catalog.tables.storage import File, Prepared
 from catalog.tables.table import new_id
 from catalog.tables.tasks import Task
 from catalog.tables.tenancy import ApiKey, Project
-from catalog.tasks import task_queue
+from catalog.tasks import outcomes, task_queue
 from catalog.tasks.task_queue import TaskClaim, TaskKind
 from catalog.tenancy import authentication, organizations, projects
 from catalog.tenancy.authentication import Caller
@@ -155,7 +156,8 @@ class World:
         base_models.finish_import(self.db, task, digest=digest, manifest={"files": []}, description=description)
 
     def fail_import(self, name: str, error: dict[str, Any]) -> None:
-        base_models.fail_import(self.db, claim_import_of(self.db, name), error=error)
+        """error: code, message and remedy."""
+        outcomes.fail(self.db, claim_import_of(self.db, name), base_models.IMPORT, ErrorText(**error))
 
     def file(
         self,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from playwright.sync_api import expect
 
+from catalog.error_texts import ErrorText
 from catalog.registry import base_models
+from catalog.tasks import outcomes
 from catalog.tasks.task_queue import TaskClaim
 from catalog.tenancy import authentication
 from tests.catalog.world import claim_import_of
@@ -57,7 +59,7 @@ def test_end_of_an_import_appears_without_a_reload(fresh: Service, visit: Visit)
     row.get_by_text("importing").wait_for()
     visitor.page.wait_for_load_state("networkidle")
 
-    base_models.fail_import(fresh.seeded.db, task, error=FAILED)
+    outcomes.fail(fresh.seeded.db, task, base_models.IMPORT, ErrorText(**FAILED))
 
     row.get_by_text("import failed").wait_for()
 
@@ -142,5 +144,5 @@ def _add(service: Service, name: str, *, error: dict[str, str] | None = None) ->
     base_models.add(db, name=name, kind="hub", source="meta-llama/Llama-3.2-1B-Instruct")
     task = claim_import_of(db, name)
     if error is not None:
-        base_models.fail_import(db, task, error=error)
+        outcomes.fail(db, task, base_models.IMPORT, ErrorText(**error))
     return task

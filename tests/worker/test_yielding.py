@@ -21,6 +21,7 @@ from tests.worker.scripted_trainer import FakeTrainer, Script, cancel_first_job,
 from tests.worker_site import wait_until
 from worker import next_work, supervisor
 from worker.background import base_models
+from worker.background.child_task import AttemptFailed
 from worker.node import devices as node
 from worker.protocol.mailbox import TrainerMessage
 from worker.session.trainer_session import TrainerSession
@@ -230,7 +231,8 @@ def test_load_that_crashes_is_repeated_a_few_times_and_then_fails(
     assert len(trainers) == MAX_ATTEMPTS[TaskKind.LOAD]
     with site.db.read() as database:
         row = database.query(WantedBase).one()
-    assert row.error == engines.LOAD_FAILED
+    assert row.error is not None
+    assert row.error["message"].endswith("All 3 attempts have failed.")
     assert task_of(site) is None
 
 
@@ -238,7 +240,7 @@ def test_refused_import_fails_the_requests_with_its_error(
     site: PackSite, run: Callable[[Script], list[FakeTrainer]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     want(site)
-    refusal = base_models.ImportRefused(
+    refusal = AttemptFailed(
         ErrorText(code="artifact_damaged", message="The files are damaged.", remedy="Import it again.")
     )
     monkeypatch.setattr(base_models, "ensure", raising(refusal))

@@ -8,14 +8,17 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import psutil
 
 from catalog.disk import tells_of_full
-from catalog.errors import LorryError, Unavailable
+from catalog.error_texts import ErrorText
+from catalog.errors import LorryError, OutOfSpace, Unavailable
+from catalog.processes import how_it_exited, is_killed
 from catalog.tables.table import Json
 from catalog.tasks import task_queue
 from catalog.tasks.task_queue import TaskClaim
@@ -23,7 +26,7 @@ from worker.context.context import WorkerContext
 from worker.node import devices
 from worker.process.launcher import run_child
 from worker.process.sandbox import Sandbox
-from worker.protocol.errors import EXIT_DISK_FULL
+from worker.protocol.errors import DISK_ERROR, EXIT_DISK_FULL, OUT_OF_SPACE
 from worker.protocol.mailbox import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -34,22 +37,20 @@ LIMIT_SECONDS = 12 * 3600.0
 """Time limit of a child."""
 LINE_CHARS = 500
 """Characters of the log's last line that an error message shows."""
+CODES_OF_MACHINES = frozenset({DISK_ERROR, "export_failed", "hub_unreachable"})
+"""Codes of errors that a child reports and that another machine may not have."""
 
 
 class Abandoned(Exception):
     """The worker is shutting down, or the result is no longer needed. Another worker may do the work."""
 
 
-class ChildFailed(Exception):
-    """A child exited without a result."""
+class AttemptFailed(LorryError):
+    """The work failed, perhaps because of this worker."""
 
-    def __init__(self, returncode: int, last_line: str, *, is_disk_full: bool) -> None:
-        """last_line: of its log, without the final period. is_disk_full: the worker's disk is the cause, so the error
-        must not name the child's input as the cause."""
-        super().__init__(f"exit status {returncode}: {last_line}")
-        self.returncode = returncode
-        self.last_line = last_line
-        self.is_disk_full = is_disk_full
+
+class Refused(LorryError):
+    """The work fails on every worker."""
 
 
 def run(
@@ -59,33 +60,54 @@ def run(
     *,
     work: Path,
     box: Sandbox,
-    stuck: Callable[[str], LorryError],
+    action: str,
+    crash: str,
     is_unwanted: Callable[[], bool] = lambda: False,
+    **values: str,
 ) -> Json:
     """Run `python -m module ARGUMENTS.json` in its sandbox until it exits, and return its result.
 
     The arguments are `request` and the path of the result file, which the child writes atomically at its end. They and
-    the child's output are files in the folder `work`. stuck, is_unwanted: see `wait_for_child`. Raises ChildFailed,
-    and the errors of `wait_for_child`.
+    the child's output are files in the folder `work`.
+
+    action: what the child does, as the beginning of an error message. crash: name of the error text for a child that
+    exits without a result, with `values` for its placeholders. is_unwanted: called several times a second.
+
+    Raises Abandoned if the worker shuts down or the result is unwanted, OutOfSpace, Refused with the error that the
+    child reports, and AttemptFailed if the child crashes, makes no progress, or reports an error of its machine.
     """
     arguments, result, log_path = (work / name for name in ("arguments.json", "result.json", "log.txt"))
     for of_previous_child in (result, log_path):
         of_previous_child.unlink(missing_ok=True)
     write_json(arguments, {**request, "result": str(result)})
     child = run_child(module, str(arguments), log_path=log_path, box=box)
-    wait_for_child(child, context, is_unwanted, stuck=stuck)
-    if not result.exists():
-        raise _failure(child.returncode, work, log_path)
-    return read_json(result)
-
-
-def _failure(returncode: int, work: Path, log_path: Path) -> ChildFailed:
-    """Return the error of a child without a result. If the disk is full, the child may not have been able to write its
-    log either."""
+    about = {"action": action, "worker_id": context.worker_id}
+    wait_for_child(child, context, is_unwanted, about=about)
+    if result.exists():
+        answer = read_json(result)
+        if "error" in answer:
+            raise _reported_error(ErrorText(**answer["error"]), context.worker_id)
+        return answer
     lines = [line for line in log_path.read_text(errors="replace").splitlines() if line.strip()]
-    is_reported = returncode == EXIT_DISK_FULL or (bool(lines) and tells_of_full(lines[-1]))
-    last_line = lines[-1][:LINE_CHARS].rstrip(".") if lines else "no output"
-    return ChildFailed(returncode, last_line, is_disk_full=is_reported or devices.is_disk_full(work))
+    # If the disk is full, the child may not have been able to write its log either.
+    is_reported = child.returncode == EXIT_DISK_FULL or (bool(lines) and tells_of_full(lines[-1]))
+    if is_reported or devices.is_disk_full(work):
+        raise OutOfSpace("disk_full_on_worker", worker_id=context.worker_id)
+    values |= {**about, "last_line": lines[-1][:LINE_CHARS].rstrip(".") if lines else "no output"}
+    if child.returncode == -signal.SIGXCPU and "cpu" in box.limits:
+        raise Refused(crash, exited=f"used {box.limits['cpu']:,} s of processor time, the limit", **values)
+    exited = how_it_exited(child.returncode)
+    if is_killed(child.returncode):
+        raise AttemptFailed("child_killed", **about, exited=exited)
+    raise AttemptFailed(crash, exited=exited, **values)
+
+
+def _reported_error(text: ErrorText, worker_id: str) -> LorryError:
+    if text.code == OUT_OF_SPACE:
+        return OutOfSpace("disk_full_on_worker", worker_id=worker_id)
+    if text.code not in CODES_OF_MACHINES:
+        return Refused(text)
+    return AttemptFailed(replace(text, message=f"{text.message.removesuffix('.')} (worker {worker_id})."))
 
 
 def lost_lease(context: WorkerContext, task: TaskClaim) -> Callable[[], bool]:
@@ -119,16 +141,16 @@ def at_each_heartbeat(context: WorkerContext, check: Callable[[], bool]) -> Call
 def wait_for_child(
     child: subprocess.Popen[bytes],
     context: WorkerContext,
-    is_unwanted: Callable[[], bool] = lambda: False,
+    is_unwanted: Callable[[], bool],
     *,
-    stuck: Callable[[str], LorryError],
+    about: Mapping[str, str],
 ) -> None:
     """Wait until the child exits. On any exception, it is killed. `is_unwanted` is called several times a second.
 
-    Raises Abandoned if the worker shuts down or the result is unwanted, and the error of `stuck` if the child makes no
-    progress.
+    Raises Abandoned if the worker shuts down or the result is unwanted, and AttemptFailed with the values `about` if
+    the child makes no progress.
     """
-    progress = _Progress(child.pid, stuck)
+    progress = _Progress(child.pid, about)
     try:
         while True:
             try:
@@ -149,21 +171,24 @@ def wait_for_child(
 class _Progress:
     """Checks the progress of a child. A child that loads, converts or downloads uses processor time."""
 
-    def __init__(self, pid: int, stuck: Callable[[str], LorryError]) -> None:
+    def __init__(self, pid: int, about: Mapping[str, str]) -> None:
         self._pid = pid
-        self._stuck = stuck
+        self._about = about
         self._started_at = self._moved_at = time.monotonic()
         self._seconds = 0.0
 
     def check(self) -> None:
-        """Raise the error of `stuck` once the child has been inactive for too long, or has run for too long."""
+        """Raises AttemptFailed once the child has been inactive for too long, or has run for too long."""
         now, seconds = time.monotonic(), self._seconds_used()
         if seconds > self._seconds:
             self._seconds, self._moved_at = seconds, now
         if now - self._moved_at > STALL_SECONDS:
-            raise self._stuck(f"it used no processor time for {now - self._moved_at:,.0f} s")
-        if now - self._started_at > LIMIT_SECONDS:
-            raise self._stuck(f"it did not finish within {LIMIT_SECONDS / 3600:.0f} hours, the maximum")
+            why = f"it used no processor time for {now - self._moved_at:,.0f} s"
+        elif now - self._started_at > LIMIT_SECONDS:
+            why = f"it did not finish within {LIMIT_SECONDS / 3600:.0f} hours, the maximum"
+        else:
+            return
+        raise AttemptFailed("child_no_progress", **self._about, why=why)
 
     def _seconds_used(self) -> float:
         """Return the processor time of the child and of the processes that it has started and may have ended."""

@@ -8,57 +8,38 @@ import shutil
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
 
 from catalog import failpoints
 from catalog.disk import full_disk_named
-from catalog.error_texts import ErrorText
-from catalog.errors import Forbidden, LorryError, NotFound, OutOfSpace, QuotaExceeded, Unavailable, listed
+from catalog.errors import LorryError, OutOfSpace, listed
 from catalog.exports import commands, formats, model_card
 from catalog.exports.commands import ExportClaim, ExportResult, WaitingExport
 from catalog.exports.formats import Needs
-from catalog.processes import how_it_exited, is_killed
 from catalog.resources.memory import readable
-from catalog.storage.manifest import DamagedArtifact
 from catalog.tables.table import Json
 from catalog.tasks.task_queue import TaskClaim
 from worker.background import base_models, child_task
-from worker.background.child_task import Abandoned, ChildFailed
+from worker.background.child_task import Abandoned, AttemptFailed, Refused
 from worker.context.context import WorkerContext
 from worker.node import devices, scratch_dirs
 from worker.process import sandbox
-from worker.protocol.errors import DISK_ERROR, OUT_OF_SPACE
 
 log = logging.getLogger(__name__)
-RETRY_SECONDS = 30.0
-"""Wait after the store did not answer."""
 REFUSAL_SECONDS = 60.0
 """How long a worker that has refused an export leaves it to others."""
 UPLOAD_PAUSES = (10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
 """Waits between attempts to upload the finished files, in seconds."""
 
 
-class ExportRefused(LorryError):
-    """The export fails on every worker."""
-
-
-class ExportCrashed(LorryError):
-    """The attempt failed, perhaps because of this node."""
-
-
 def make_export(context: WorkerContext, task: TaskClaim) -> bool:
     """Make an export. Returns False if this worker leaves it to others, because it has too little space or memory.
 
-    Raises StaleClaim, Unavailable, and OutOfSpace if the database's disk is full. An attempt during which the disk
-    becomes full counts: no attempt may repeat forever.
+    Raises StaleClaim, Refused, AttemptFailed, QuotaExceeded, NotFound, Forbidden, DamagedArtifact, Abandoned,
+    Unavailable. An attempt during which the disk becomes full counts: no attempt may repeat forever.
     """
-    if task.is_exhausted:
-        commands.fail(context.db, task, _lost(task.num_attempts - 1))
-        return True
     if (scarcity := _scarcity(context, commands.inspect(context.db, task))) is not None:
         context.refused_exports[task.subject] = time.monotonic()
         commands.refuse(context.db, task, scarcity)
@@ -68,20 +49,10 @@ def make_export(context: WorkerContext, task: TaskClaim) -> bool:
         with full_disk_named(), scratch_dirs.owned(context.scratch_dir() / f"export-{token_hex(8)}") as work:
             work.mkdir(parents=True)
             exported = _Attempt(context=context, claim=claim, work=work, is_unwanted=is_unwanted).run()
-        failpoints.pass_by("before_export_finishes")
-        commands.finish(context.db, task, exported)
-    except (ExportRefused, QuotaExceeded, NotFound, Forbidden) as error:
-        commands.fail(context.db, task, error)
-    except (ExportCrashed, OutOfSpace, base_models.ImportRefused, DamagedArtifact) as error:
-        counted = _full_disk(context.worker_id, error) if isinstance(error, OutOfSpace) else error
-        log.warning("%s", counted)
-        commands.retry(context.db, task, counted)
-    except Abandoned:
-        commands.release(context.db, task)
-    except Unavailable:
-        with suppress(Unavailable):
-            commands.release(context.db, task, wait_seconds=RETRY_SECONDS)
-        raise
+    except OutOfSpace as error:
+        raise AttemptFailed(error.text) from error
+    failpoints.pass_by("before_export_finishes")
+    commands.finish(context.db, task, exported)
     return True
 
 
@@ -90,10 +61,6 @@ def refused(context: WorkerContext) -> list[str]:
     since = time.monotonic() - REFUSAL_SECONDS
     context.refused_exports = {each: at for each, at in context.refused_exports.items() if at > since}
     return list(context.refused_exports)
-
-
-def _lost(number: int) -> ExportCrashed:
-    return ExportCrashed("export_lost", number=number)
 
 
 def _scarcity(context: WorkerContext, waiting: WaitingExport) -> ScarceResources | None:
@@ -119,8 +86,8 @@ def _scarcity(context: WorkerContext, waiting: WaitingExport) -> ScarceResources
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Attempt:
-    """One attempt at an export, in the folder `work`. Its methods raise ExportRefused, ExportCrashed, OutOfSpace,
-    Forbidden and, once the worker exits or the export is unwanted, Abandoned."""
+    """One attempt at an export, in the folder `work`. Its methods raise Refused, AttemptFailed, OutOfSpace, Forbidden
+    and, once the worker exits or the export is unwanted, Abandoned."""
 
     context: WorkerContext
     claim: ExportClaim
@@ -196,17 +163,17 @@ class _Attempt:
         for pause in UPLOAD_PAUSES:
             try:
                 return str(self._run_uploader(folder)["url"])
-            except ExportCrashed as error:
+            except AttemptFailed as error:
                 if error.code != "hub_unreachable":
                     raise
                 log.warning("%s The upload is repeated after %.0f s.", error.message, pause)
             self._wait(pause)
         try:
             return str(self._run_uploader(folder)["url"])
-        except ExportCrashed as error:
+        except AttemptFailed as error:
             if error.code != "hub_unreachable":
                 raise
-            raise ExportRefused(error.text) from error
+            raise Refused(error.text) from error
 
     def _wait(self, seconds: float) -> None:
         """Wait, and keep the lease. Raises Abandoned."""
@@ -225,7 +192,7 @@ class _Attempt:
         try:
             box = sandbox.hub_upload(self.work)
         except OSError as error:
-            raise ExportCrashed(
+            raise AttemptFailed(
                 "hub_unreachable",
                 worker_id=self.context.worker_id,
                 filename=error.filename,
@@ -235,22 +202,16 @@ class _Attempt:
 
     def _run_child(self, module: str, request: Json, box: sandbox.Sandbox) -> Json:
         """Run a child to its end. Returns its result."""
-        worker_id = self.context.worker_id
-        try:
-            answer = child_task.run(
-                self.context,
-                module,
-                request,
-                work=self.work,
-                box=box,
-                stuck=partial(_stuck, worker_id),
-                is_unwanted=self.is_unwanted,
-            )
-        except ChildFailed as error:
-            raise _crashed(worker_id, error) from error
-        if "error" in answer:
-            raise _reported(worker_id, answer["error"])
-        return answer
+        return child_task.run(
+            self.context,
+            module,
+            request,
+            work=self.work,
+            box=box,
+            action="The export",
+            crash="export_crashed",
+            is_unwanted=self.is_unwanted,
+        )
 
     def _check(self) -> None:
         """Raises Abandoned. Called while files are stored, it also renews the lease."""
@@ -262,39 +223,6 @@ def file_stem(claim: ExportClaim) -> str:
     """Return the name of the GGUF file without its suffix: the adapter's name, and the quantization."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", claim.adapter_name).strip(".-")[:120] or "adapter"
     return f"{name}-{claim.quantization or 'lora'}"
-
-
-def _reported(worker_id: str, error: dict[str, str]) -> LorryError:
-    """Return the error that the child reported."""
-    text = ErrorText(**error)
-    if text.code == OUT_OF_SPACE:
-        return _full_disk(worker_id)
-    if text.code in (DISK_ERROR, "export_failed", "hub_unreachable"):
-        message = f"{text.message.removesuffix('.')} (worker {worker_id})."
-        return ExportCrashed(replace(text, message=message, remedy=f"{text.remedy} Then create the export again."))
-    return ExportRefused(text)
-
-
-def _full_disk(worker_id: str, error: OutOfSpace | None = None) -> ExportCrashed:
-    """error: of the store, or of a base model that was imported for the export."""
-    text = ErrorText.of("export_disk_full", worker_id=worker_id)
-    if error is not None and error.message != text.message:
-        text = replace(text, message=f"{error.message.removesuffix('.')} (worker {worker_id}).")
-    return ExportCrashed(text)
-
-
-def _stuck(worker_id: str, why: str) -> ExportCrashed:
-    return ExportCrashed("export_no_progress", worker_id=worker_id, why=why)
-
-
-def _crashed(worker_id: str, error: ChildFailed) -> ExportCrashed:
-    """Return the error for a child that exited without a result."""
-    if error.is_disk_full:
-        return _full_disk(worker_id)
-    exited = how_it_exited(error.returncode)
-    if is_killed(error.returncode):
-        return ExportCrashed("export_killed", worker_id=worker_id, exited=exited)
-    return ExportCrashed("export_crashed", worker_id=worker_id, exited=exited, last_line=error.last_line)
 
 
 class ScarceResources(LorryError):

@@ -7,34 +7,59 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from catalog.errors import OutOfSpace, StaleClaim, Unavailable
-from catalog.tasks import task_queue
+from catalog.disk import full_disk_named
+from catalog.error_texts import ErrorText
+from catalog.errors import LorryError, OutOfSpace, StaleClaim, Unavailable
+from catalog.exports import commands
+from catalog.lifecycle import preparation
+from catalog.plans import claims
+from catalog.registry import base_models
+from catalog.storage.manifest import DamagedArtifact
+from catalog.tasks import outcomes, task_queue
+from catalog.tasks.outcomes import TaskSubject
 from catalog.tasks.task_queue import TaskClaim, TaskKind
-from worker.background import base_models, exports, tokenization
+from worker.background import base_models as bases
+from worker.background import exports, tokenization
+from worker.background.child_task import Abandoned, AttemptFailed
 from worker.context.context import WorkerContext
 
 log = logging.getLogger(__name__)
+SUBJECTS: Mapping[TaskKind, TaskSubject[Any]] = {
+    TaskKind.IMPORT: base_models.IMPORT,
+    TaskKind.PLAN: claims.PLAN,
+    TaskKind.PREPARATION: preparation.PREPARATION,
+    TaskKind.EXPORT: commands.EXPORT,
+}
 HANDLERS: Mapping[TaskKind, Callable[[WorkerContext, TaskClaim], bool]] = {
-    TaskKind.IMPORT: base_models.import_base,
+    TaskKind.IMPORT: bases.import_base,
     TaskKind.PLAN: tokenization.compute_plan,
     TaskKind.PREPARATION: tokenization.prepare,
     TaskKind.EXPORT: exports.make_export,
 }
-"""A handler works on a claimed task, and finishes or releases it. It returns False if it leaves the task to others."""
+"""A handler works on a claimed task and finishes it, or raises an error. It returns False if it leaves the task to
+others."""
+RETRY_SECONDS = 10.0
+"""Wait of a task after a full disk or an unreachable store."""
 CLEANING_SECONDS = 3600.0
 """Interval at which files of deleted base models are removed."""
 BACK_OFF_SECONDS = 10.0
-"""Pause after a task that failed. It doubles if the preparation of files fails repeatedly."""
+"""Pause after a task that failed. It doubles if tasks fail repeatedly."""
 MAX_DOUBLINGS = 5
+
+
+class TaskDelayed(Exception):
+    """A task failed, and this is recorded. The node may be the cause, so it must wait before the next one. Otherwise it
+    would take one task after another away from nodes that can do them."""
 
 
 def run_next(context: WorkerContext, kinds: Collection[TaskKind]) -> bool:
     """Claim the next task that this worker can do, and work on it. Returns False if there is none.
 
-    Raises StaleClaim, Unavailable, OutOfSpace, PreparationDelayed.
+    Raises StaleClaim, Unavailable, TaskDelayed.
     """
     left_to_others = exports.refused(context)
     while True:
@@ -46,9 +71,42 @@ def run_next(context: WorkerContext, kinds: Collection[TaskKind]) -> bool:
             skipping=left_to_others,
             aging_seconds=context.policy.priority_aging_seconds,
         )
-        if task is None or HANDLERS[task.kind](context, task):
+        if task is None or _attempt(context, task):
             return task is not None
         left_to_others.append(task.subject)
+
+
+def _attempt(context: WorkerContext, task: TaskClaim) -> bool:
+    """Work on a claimed task, and record how the attempt ends. Returns False if the task is left to other workers."""
+    db, subject = context.db, SUBJECTS[task.kind]
+    try:
+        if task.is_exhausted:
+            outcomes.fail_lost(db, task, subject)
+            return True
+        with full_disk_named():
+            return HANDLERS[task.kind](context, task)
+    except StaleClaim:
+        raise
+    except Abandoned:
+        outcomes.release(db, task, subject)
+    except (OutOfSpace, Unavailable) as error:
+        with suppress(Unavailable):
+            outcomes.release(db, task, subject, error.text, wait_seconds=RETRY_SECONDS)
+        if isinstance(error, OutOfSpace):
+            log.warning("%s", error)
+            raise TaskDelayed from error
+        raise
+    except (AttemptFailed, DamagedArtifact) as error:
+        log.warning("%s", error)
+        outcomes.retry(db, task, subject, error.text)
+        raise TaskDelayed from error
+    except LorryError as error:
+        outcomes.fail(db, task, subject, error.text)
+    except OSError as error:
+        log.warning("%s", error)
+        outcomes.retry(db, task, subject, ErrorText.of("node_failed", reason=error.strerror or str(error)))
+        raise TaskDelayed from error
+    return True
 
 
 class _TaskThread:
@@ -88,8 +146,8 @@ class _TaskThread:
         return found
 
     def back_off(self) -> float:
-        """Return the pause after a failure. It doubles from the third consecutive failed preparation on, because the
-        first failures may be caused by the files."""
+        """Return the pause after a failure. It doubles from the third consecutive failed task on, because the first
+        failures may be caused by the files."""
         return BACK_OFF_SECONDS * 2 ** min(max(0, self._num_delayed - 2), MAX_DOUBLINGS)
 
     def do_one(self) -> bool:
@@ -105,14 +163,14 @@ class _TaskThread:
             elif TaskKind.IMPORT in self._kinds:
                 self._clean_when_due()
             return found
-        except tokenization.PreparationDelayed:
+        except TaskDelayed:
             self._num_delayed += 1
             self._has_failed = self._num_delayed > 1
             return not self._has_failed
         except StaleClaim:
             log.info("Another worker has taken over the current task, or a user has cancelled it.")
             return True
-        except (Unavailable, OutOfSpace) as error:
+        except Unavailable as error:
             log.warning("%s Background tasks are delayed.", error)
         except Exception:
             log.exception("A background task failed.")
@@ -124,7 +182,7 @@ class _TaskThread:
         context = self._context
         if time.monotonic() - context.cleaned_at >= CLEANING_SECONDS:
             context.cleaned_at = time.monotonic()
-            base_models.clean(context)
+            bases.clean(context)
 
 
 class TaskRunner:

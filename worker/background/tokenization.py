@@ -5,112 +5,54 @@ For a plan, it also counts the rows that both files share.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
-from functools import partial
+from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
 
 from catalog import logs, tracing
-from catalog.disk import full_disk_named
 from catalog.error_texts import ErrorText
-from catalog.errors import LorryError, OutOfSpace, Unavailable
 from catalog.lifecycle import preparation
-from catalog.lifecycle.preparation import RETRY_SECONDS, FilesToPrepare
+from catalog.lifecycle.preparation import FilesToPrepare
 from catalog.logs import Subjects
 from catalog.plans import claims
-from catalog.processes import how_it_exited, is_killed
 from catalog.spec.job import JobSpec
 from catalog.storage import files, token_cache
 from catalog.storage.manifest import DamagedArtifact, Manifest
 from catalog.tables.jobs import Job
 from catalog.tables.storage import File, Prepared
 from catalog.tables.table import Json
-from catalog.tasks import task_queue
 from catalog.tasks.task_queue import TaskClaim
 from worker.background import base_models, child_task
-from worker.background.child_task import Abandoned, ChildFailed
+from worker.background.child_task import Refused
 from worker.context.context import WorkerContext
 from worker.node import scratch_dirs
 from worker.process import sandbox
 from worker.protocol.mailbox import read_json
 
-log = logging.getLogger(__name__)
 
-
-class PreparationCrashed(LorryError):
-    """A child that processes files exited without a result. The files or the node may be the cause."""
-
-
-class PreparationDelayed(Exception):
-    """A preparation failed, and this is recorded. The node may be the cause, so it must wait before the next one.
-    Otherwise it would take one preparation after another away from nodes that can do them."""
-
-
-class FileRefused(LorryError):
+class FileRefused(Refused):
     """A file can't be trained on. Its report contains the reason."""
 
 
-POSSIBLE_NODE_ERRORS = (PreparationCrashed, base_models.ImportRefused, DamagedArtifact, OSError)
-"""Errors that may or may not occur on another worker as well, so the number of attempts is limited."""
-
-
-def error_of_attempt(error: LorryError | OSError) -> Json:
-    """Return such an error as the `error` of the job or plan that it may end."""
-    if isinstance(error, LorryError):
-        return error.as_job_error()
-    return ErrorText.of("node_failed", reason=error.strerror or str(error)).as_job_error()
-
-
 def prepare(context: WorkerContext, task: TaskClaim) -> bool:
-    """Prepare the files of a job. Raises StaleClaim, PreparationDelayed."""
-    begun = preparation.begin(context.db, task, worker_id=context.worker_id)
-    if begun is None:
-        return True
-    job, wanted = begun
+    """Prepare the files of a job. Raises StaleClaim and the errors of `prepare_files`."""
+    job, wanted = preparation.begin(context.db, task, worker_id=context.worker_id)
     about = {"job": job.id, "claim": task.claim_id, "worker": context.worker_id}
     subjects: Subjects = {"job": job.id, "claim": task.claim_id}
-    with (
-        logs.about(subjects),
-        tracing.span("prepare", parent=tracing.of_job(job.id, job.trace), about=about) as span,
-    ):
-        if not _prepare(context, task, wanted):
-            tracing.fail(span, "not prepared")
-    return True
-
-
-def _prepare(context: WorkerContext, task: TaskClaim, wanted: FilesToPrepare) -> bool:
-    """Prepare the files of a claimed job. Returns False if they can't be trained on, or the job is released. Raises
-    PreparationDelayed."""
-    try:
-        with full_disk_named():
-            train, valid = prepare_files(context, wanted, is_unwanted=child_task.lost_lease(context, task))
-    except FileRefused as error:
-        preparation.refuse(context.db, task, error=error.as_job_error())
-    except POSSIBLE_NODE_ERRORS as error:
-        log.warning("%s", error)
-        preparation.retry(context.db, task, error=error_of_attempt(error))
-        raise PreparationDelayed from error
-    except Abandoned:
-        preparation.release(context.db, task, detail="The worker is shutting down.")
-    except (OutOfSpace, Unavailable) as error:
-        log.warning("%s", error)
-        preparation.release(context.db, task, detail=error.sentence(), wait_seconds=RETRY_SECONDS)
-        if isinstance(error, OutOfSpace):
-            raise PreparationDelayed from error
-    else:
+    with logs.about(subjects), tracing.span("prepare", parent=tracing.of_job(job.id, job.trace), about=about):
+        train, valid = prepare_files(context, wanted, is_unwanted=child_task.lost_lease(context, task))
         num_steps = wanted.spec.num_steps(num_rows(train.report))
         longest = _longest_example(train, valid)
         preparation.finish(context.db, task, num_steps=num_steps, longest_example=longest)
-        return True
-    return False
+    return True
 
 
 def recreate(context: WorkerContext, job: Job, file_id: str, key: str) -> Prepared:
     """Recreate a damaged token cache of a running job: the same tokens under the same key.
 
-    Raises FileRefused, PreparationCrashed, ImportRefused, Abandoned, DamagedArtifact if the data file itself is
-    damaged, OutOfSpace, Unavailable.
+    Raises Refused, AttemptFailed, Abandoned, DamagedArtifact if the data file itself is damaged, OutOfSpace,
+    Unavailable.
     """
     damaged = token_cache.get(context.db, key)
     token_cache.forget(context.db, key)
@@ -137,8 +79,7 @@ def prepare_files(
 ) -> tuple[Prepared, Prepared | None]:
     """Return the token caches of both files. Missing ones are created. is_unwanted: called several times a second.
 
-    Raises FileRefused, PreparationCrashed, base_models.ImportRefused, Abandoned, DamagedArtifact, OutOfSpace,
-    Unavailable.
+    Raises Refused, AttemptFailed, Abandoned, DamagedArtifact, OutOfSpace, Unavailable. A refused file is a FileRefused.
     """
 
     def tokens(file: File, key: str, param: str) -> Prepared:
@@ -215,65 +156,26 @@ def _run(
         "out": str(tokens / "tokens.safetensors"),
         "details": str(work / "details.json"),
     }
-    action = f"The tokenization of file {file_id} on worker {context.worker_id}"
-    try:
-        return child_task.run(
-            context,
-            "worker.children.tokenizer.main",
-            request,
-            work=work,
-            box=sandbox.tokenization(work, base_dir=base_dir, num_bytes=source.stat().st_size),
-            stuck=partial(stuck, action),
-            is_unwanted=is_unwanted,
-        )
-    except ChildFailed as error:
-        raise crashed("preparation_failed", error, worker_id=context.worker_id, subject=file_id) from error
-
-
-def stuck(what: str, why: str) -> PreparationCrashed:
-    """Return the error for a child that makes no progress. what: the action, with its worker."""
-    return PreparationCrashed("preparation_no_progress", action=what, why=why)
-
-
-def _full_disk(worker_id: str) -> OutOfSpace:
-    return OutOfSpace("preparation_out_of_space", worker_id=worker_id)
-
-
-def crashed(name: str, error: ChildFailed, *, worker_id: str, subject: str) -> PreparationCrashed | OutOfSpace:
-    """Return the error for a child that exited without a result.
-
-    name: of the text if neither the disk nor the memory is the cause. subject: what the child read.
-    """
-    if error.is_disk_full:
-        return _full_disk(worker_id)
-    exited = how_it_exited(error.returncode)
-    if is_killed(error.returncode):
-        return PreparationCrashed(f"{name}_out_of_memory", subject=subject, worker_id=worker_id, exited=exited)
-    return PreparationCrashed(name, subject=subject, worker_id=worker_id, exited=exited, last_line=error.last_line)
+    return child_task.run(
+        context,
+        "worker.children.tokenizer.main",
+        request,
+        work=work,
+        box=sandbox.tokenization(work, base_dir=base_dir, num_bytes=source.stat().st_size),
+        action=f"The tokenization of file {file_id}",
+        crash="preparation_crashed",
+        is_unwanted=is_unwanted,
+    )
 
 
 def compute_plan(context: WorkerContext, task: TaskClaim) -> bool:
-    """Compute a plan. Raises StaleClaim, PreparationDelayed."""
+    """Compute a plan. Raises StaleClaim and the errors of `prepare_files`."""
     files = claims.begin(context.db, task)
     if files is None:
         return True
-    try:
-        with full_disk_named():
-            _prepare_plan(context, files, child_task.lost_lease(context, task))
-        claims.conclude(context.db, task, settings=context.settings)
-    except FileRefused:  # the plan shows the refusal in the file's report
-        claims.conclude(context.db, task, settings=context.settings)
-    except POSSIBLE_NODE_ERRORS as error:
-        log.warning("%s", error)
-        claims.fail(context.db, task, error=error_of_attempt(error))
-        raise PreparationDelayed from error
-    except Abandoned:
-        task_queue.release(context.db, task)
-    except (OutOfSpace, Unavailable) as error:
-        log.warning("%s", error)
-        task_queue.release(context.db, task, wait_seconds=RETRY_SECONDS)
-        if isinstance(error, OutOfSpace):
-            raise PreparationDelayed from error
+    with suppress(FileRefused):  # the plan shows the refusal in the file's report
+        _prepare_plan(context, files, child_task.lost_lease(context, task))
+    claims.conclude(context.db, task, settings=context.settings)
     return True
 
 
@@ -303,19 +205,16 @@ def _compare(
         request: Json = {name: str(path) for name, path in paths.items()}
         request["in_pairs"] = train.report.get("kind") == "preference"
         num_bytes = sum(path.stat().st_size for path in paths.values())
-        action = f"The comparison of {compared} on worker {context.worker_id}"
-        try:
-            return child_task.run(
-                context,
-                "worker.children.data_overlap",
-                request,
-                work=work,
-                box=sandbox.tokenization(work, base_dir=None, num_bytes=num_bytes),
-                stuck=partial(stuck, action),
-                is_unwanted=is_unwanted,
-            )
-        except ChildFailed as error:
-            raise crashed("comparison_failed", error, worker_id=context.worker_id, subject=compared) from error
+        return child_task.run(
+            context,
+            "worker.children.data_overlap",
+            request,
+            work=work,
+            box=sandbox.tokenization(work, base_dir=None, num_bytes=num_bytes),
+            action=f"The comparison of {compared}",
+            crash="comparison_crashed",
+            is_unwanted=is_unwanted,
+        )
 
 
 def _fetched(context: WorkerContext, row: Prepared, into: Path) -> Path:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
+from catalog.error_texts import ErrorText
 from catalog.errors import LorryError, StaleClaim
 from catalog.inference import engines
 from catalog.registry import base_models
@@ -16,8 +17,7 @@ from catalog.resources.memory import BaseModelMemory
 from catalog.resources.pack_key import precision_of, quantization_of
 from catalog.resources.sharding import Demand, Strategy, block_bytes, hindrance, reason
 from catalog.tables.jobs import Job
-from catalog.tables.table import Json
-from catalog.tasks import task_queue
+from catalog.tasks import outcomes, task_queue
 from catalog.tasks.task_queue import TaskClaim
 from worker.context.context import WorkerContext
 
@@ -75,13 +75,13 @@ class BaseLoad:
     def succeed(self) -> None:
         self._end(lambda: engines.note_loaded(self._context.db, self._claimed))
 
-    def fail(self, error: Json) -> None:
+    def fail(self, error: ErrorText) -> None:
         """Fail the requests that wait."""
-        self._end(lambda: engines.fail(self._context.db, self._claimed, error))
+        self._end(lambda: outcomes.fail(self._context.db, self._claimed, engines.LOAD, error))
 
     def retry(self) -> None:
         """Let a worker try again: the load has failed, and the base model may be the cause."""
-        self._end(lambda: engines.retry(self._context.db, self._claimed))
+        self._end(lambda: outcomes.retry(self._context.db, self._claimed, engines.LOAD, engines.LOAD_FAILED))
 
     def give_back(self) -> None:
         """Let another worker load it. The attempt does not count."""

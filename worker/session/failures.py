@@ -10,13 +10,10 @@ import logging
 from dataclasses import dataclass
 from enum import Enum
 
-from catalog.error_texts import ErrorText
 from catalog.errors import LorryError, NotFound, OutOfSpace, Unavailable
 from catalog.fleet.gangs import NotGathered
 from catalog.states import EndReason
-from catalog.tables.table import Json
-from worker.background.base_models import ImportRefused
-from worker.background.child_task import Abandoned
+from worker.background.child_task import Abandoned, AttemptFailed
 from worker.background.tokenization import FileRefused
 from worker.context.context import WorkerContext
 from worker.node import cgroup, devices
@@ -64,12 +61,6 @@ class LocalExit:
     """Any node may have caused it, because the trainers of all nodes exit in this way."""
     had_connected: bool = True
     """If `is_echo`: as far as is known, the processes of all nodes had connected before."""
-
-
-def load_error(error: LorryError | OSError | Abandoned) -> Json:
-    """Return the error for inference requests whose base model could not be loaded."""
-    text = error.text if isinstance(error, LorryError) else ErrorText.of("base_not_loaded")
-    return {**text.report()}
 
 
 def local_exit(
@@ -122,7 +113,7 @@ def launch_failure(error: LorryError | OSError | Abandoned) -> End:
         return End(reason=EndReason.GANG_INCOMPLETE, detail=error.sentence())
     if isinstance(error, Unavailable):
         return End(reason=EndReason.INFRA_LOST, detail=error.sentence())
-    is_of_base = isinstance(error, ImportRefused | NotFound)
+    is_of_base = isinstance(error, AttemptFailed | NotFound)
     return End(reason=EndReason.TRAINER_CRASHED if is_of_base else EndReason.NODE_FAILED, detail=error.sentence())
 
 

@@ -14,7 +14,7 @@ from lorry.cli.render.output import AsJson, Quiet, Yes
 from lorry.cli.render.tables import Column, date, listing
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from lorry.models import Model
 
@@ -69,7 +69,7 @@ def add(
     )
     if wait:
         with output.waiting(f"Importing {name}") as report:
-            model = lorry.models.wait(name, on_progress=report)
+            model = lorry.models.wait(name, on_progress=_reporting_errors(report))
     if as_json:
         output.print_json(model.raw)
     elif quiet:
@@ -78,6 +78,20 @@ def add(
         output.echo(f"Model {name} is ready, digest {model.digest}.")
     else:
         output.echo(f"Importing model {name}. Check its state with: lorry models show {name}")
+
+
+def _reporting_errors(report: Callable[[object], None]) -> Callable[[Model], None]:
+    """Return a function to call at each poll, which prints the error of each attempt once, and calls `report`."""
+    shown = ""
+
+    def on_progress(model: Model) -> None:
+        nonlocal shown
+        if model.state == "importing" and model.error and model.error.message != shown:
+            shown = model.error.message
+            output.echo(f"{shown} {model.error.remedy or ''}".rstrip())
+        report(model)
+
+    return on_progress
 
 
 @app.verb("list", "lorry models list", "lorry models list -q", "lorry models list --json")

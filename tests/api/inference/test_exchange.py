@@ -24,10 +24,12 @@ from api.inference import exchange, trainer_search
 from api.inference.answer import ClientGone, PartialAnswer
 from api.inference.exchange import EngineRequest, Engines
 from api.inference.vllm_client import VllmClient
+from catalog.error_texts import ErrorText
 from catalog.errors import LorryError, Unavailable
 from catalog.inference import engines, requests
 from catalog.inference.engines import INTERRUPTED, NOT_BEGUN
 from catalog.queue.notifier import FileNotifier
+from catalog.tasks import outcomes
 from tests.api.fake_trainer import KEY, LOST, FakeTrainer, Json, Step, begun, failed, said, texts
 from tests.api.inference.batch_service import used_tokens
 from tests.api.site import Site, connect, until
@@ -281,7 +283,7 @@ def fail_load(services: Services) -> None:
     until(lambda: is_wanted(services))
     claimed = engines.reserve(services.db, KEY, worker_id="w1", lease_seconds=LEASE)
     assert claimed is not None
-    engines.fail(services.db, claimed, ERROR)
+    outcomes.fail(services.db, claimed, engines.LOAD, ErrorText(**ERROR))
 
 
 def test_error_of_a_load_reaches_all_clients_that_wait(site: Site, services: Services, start: Start) -> None:

@@ -7,6 +7,7 @@ from sqlalchemy import update
 from starlette.testclient import TestClient
 
 from api.deps import Services
+from catalog.error_texts import ErrorText
 from catalog.errors import StaleClaim
 from catalog.history import job_logs
 from catalog.lifecycle import preparation, recording
@@ -15,6 +16,7 @@ from catalog.queue import claims
 from catalog.queue.claiming import Claim
 from catalog.states import EndReason
 from catalog.tables.jobs import Job
+from catalog.tasks import outcomes
 from tests.api.site import error_of
 from tests.catalog.prepared_data import REPORT
 from tests.catalog.world import World, begin_preparation, manifest
@@ -140,8 +142,8 @@ def test_rejected_file_shows_its_rejection_report(client: TestClient, world: Wor
     assert unprepared is not None
     wanted, report = unprepared.files, {"refusal": {"code": "masked"}}
     world.put_tokens(wanted.train_key, file_digest=wanted.training.digest, artifact=None, report=report)
-    error = {"code": "masked", "message": "Only masked rows."}
-    preparation.refuse(world.db, unprepared.task, error=error)
+    error = ErrorText(code="masked", message="Only masked rows.", remedy="", param="training_file")
+    outcomes.fail(world.db, unprepared.task, preparation.PREPARATION, error)
 
     shown = client.get(f"{JOBS}/{job.id}").json()
     report = client.get(f"{JOBS}/{job.id}/data_report").json()

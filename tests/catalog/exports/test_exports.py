@@ -16,7 +16,6 @@ from catalog.errors import (
     Forbidden,
     InvalidRequest,
     NotFound,
-    OutOfSpace,
     QuotaExceeded,
     RateLimited,
     StaleClaim,
@@ -31,13 +30,13 @@ from catalog.settings import InvalidSettings, Settings
 from catalog.storage import quota
 from catalog.tables.storage import Adapter, AdapterExport, Artifact
 from catalog.tables.tenancy import Project
-from catalog.tasks import task_queue
+from catalog.tasks import outcomes, task_queue
 from catalog.tasks.task_queue import MAX_ATTEMPTS, TaskClaim, TaskKind
 from catalog.usage import ledger
 from tests.catalog.db.interleaving import after_statement
 from tests.catalog.world import World, attempts, claim_task, manifest
 
-FAULT = OutOfSpace(ErrorText(code="some_code", message="It failed.", remedy="Do this."))
+FAULT = ErrorText(code="some_code", message="It failed.", remedy="Do this.")
 SCARCE = InvalidRequest(
     ErrorText(code="export_failed", message="The export needs 9 GB, but worker w1 has 1 GB.", remedy="Wait.")
 )
@@ -130,7 +129,7 @@ def test_export_that_is_deleted_between_two_reads_still_has_its_files(world: Wor
 def test_identical_export_is_returned_and_a_failed_one_replaced(world: World, adapter: Adapter) -> None:
     row = create(world, adapter)
     assert create(world, adapter).id == row.id
-    commands.fail(world.db, claim(world).task, FAULT)
+    outcomes.fail(world.db, claim(world).task, commands.EXPORT, FAULT)
     assert shown(world, row).error == {"code": "some_code", "message": "It failed.", "remedy": "Do this."}
 
     again = create(world, adapter)
@@ -181,7 +180,7 @@ def test_attempt_between_two_refusals_begins_another_day(world: World, adapter: 
     row = create(world, adapter)
     refuse(world)
     world.clock.advance(commands.MAX_WAIT_SECONDS)
-    commands.release(world.db, claim(world).task)
+    outcomes.release(world.db, claim(world).task, commands.EXPORT)
 
     refuse(world)
 
@@ -191,12 +190,12 @@ def test_attempt_between_two_refusals_begins_another_day(world: World, adapter: 
 def test_attempt_that_may_be_the_node_s_fault_is_repeated_a_few_times(world: World, adapter: Adapter) -> None:
     row = create(world, adapter)
     for number in range(1, MAX_ATTEMPTS[TaskKind.EXPORT]):
-        commands.retry(world.db, claim(world).task, FAULT)
+        outcomes.retry(world.db, claim(world).task, commands.EXPORT, FAULT)
         assert not is_any_waiting(world)
         assert shown(world, row).status == "queued"
         world.clock.advance(task_queue.retry_wait(number))
 
-    commands.retry(world.db, claim(world).task, FAULT)
+    outcomes.retry(world.db, claim(world).task, commands.EXPORT, FAULT)
 
     assert shown(world, row).status == "failed"
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from catalog.error_texts import ErrorText
 from catalog.errors import StaleClaim
 from catalog.fleet import cordons, workers
 from catalog.inference import engines, requests
@@ -16,7 +17,7 @@ from catalog.inference.requests import Model, NoWorker
 from catalog.queue import notifier
 from catalog.resources.pack_key import pack_key
 from catalog.tables.serving import WantedBase
-from catalog.tasks import task_queue
+from catalog.tasks import outcomes, task_queue
 from catalog.tasks.task_queue import MAX_ATTEMPTS, TaskClaim, TaskKind
 from tests.catalog.db.interleaving import after_statement
 from tests.catalog.world import LEASE, World, sha
@@ -91,9 +92,10 @@ def test_one_worker_loads_a_base_model(world: World) -> None:
     world.clock.advance(LEASE + 1)
     world.worker()
     assert reserved(world).num_attempts == again.num_attempts + 1, "the lease of w2 has expired"
-    for late in (engines.note_loaded, engines.retry):
-        with pytest.raises(StaleClaim):
-            late(world.db, again)
+    with pytest.raises(StaleClaim):
+        engines.note_loaded(world.db, again)
+    with pytest.raises(StaleClaim):
+        outcomes.retry(world.db, again, engines.LOAD, LOAD_FAILED)
 
 
 def test_cordoned_worker_loads_nothing(world: World) -> None:
@@ -188,7 +190,7 @@ def test_clients_are_told_if_no_worker_runs_and_batches_wait(world: World) -> No
 def test_error_of_a_load_reaches_the_requests_that_waited_meanwhile(world: World) -> None:
     before = world.clock.now
     want(world)
-    engines.fail(world.db, reserved(world), ERROR)
+    outcomes.fail(world.db, reserved(world), engines.LOAD, ErrorText(**ERROR))
 
     assert wanted(world) == []
     assert want(world, since=before) == ERROR
@@ -205,14 +207,16 @@ def test_base_model_that_workers_fail_to_load_is_tried_a_limited_number_of_times
         assert wanted(world) == ["smol"]
         claimed = reserved(world)
         if not is_lost:
-            engines.retry(world.db, claimed)
+            outcomes.retry(world.db, claimed, engines.LOAD, LOAD_FAILED)
             assert wanted(world) == [], "the next attempt comes later"
         world.clock.advance(3600)
         world.worker()
     if is_lost:
         assert reserve(world) is None
 
-    assert want(world, since=before) == LOAD_FAILED
+    error = want(world, since=before)
+    assert error is not None
+    assert (error["code"], error["remedy"]) == (LOAD_FAILED.code, LOAD_FAILED.remedy)
     assert reserve(world) is None
 
 
@@ -248,7 +252,7 @@ def test_base_model_is_not_forgotten_while_a_worker_loads_it(world: World) -> No
 
     engines.remove_lapsed(world.db)
 
-    engines.fail(world.db, claimed, ERROR)
+    outcomes.fail(world.db, claimed, engines.LOAD, ErrorText(**ERROR))
     engines.remove_lapsed(world.db)
     with pytest.raises(StaleClaim):
         engines.note_loaded(world.db, claimed)

@@ -65,7 +65,7 @@ def test_adapter_answers_as_it_was_trained(world: World) -> None:
 def test_base_model_that_is_not_ready_is_a_conflict(world: World, has_failed: bool) -> None:
     base_models.add(world.db, name="new", kind="folder", source="/models/new")
     if has_failed:
-        world.fail_import("new", {"code": "x", "message": "y", "param": None})
+        world.fail_import("new", {"code": "x", "message": "y", "remedy": "z"})
 
     with pytest.raises(Conflict, match="import failed" if has_failed else "has not finished"):
         resolve(world, "new")

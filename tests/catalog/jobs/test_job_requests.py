@@ -22,7 +22,7 @@ def test_model_that_is_importing_or_failed_is_rejected(world: World) -> None:
     with pytest.raises(InvalidRequest, match="still being imported") as early:
         world.submit(model="new")
 
-    world.fail_import("new", {"code": "unsupported_model", "message": "/srv/new is a snapshot."})
+    world.fail_import("new", {"code": "unsupported_model", "message": "/srv/new is a snapshot.", "remedy": ""})
     with pytest.raises(InvalidRequest, match=r"failed: unsupported_model\.$") as failed:
         world.submit(model="new")
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 
+from catalog.error_texts import ErrorText
 from catalog.errors import Conflict, InvalidRequest, NotFound
 from catalog.jobs import commands, data_reports
 from catalog.lifecycle import preparation, queue_position
 from catalog.queue import claims
 from catalog.states import EndReason, JobState
 from catalog.tables.storage import BaseModelRow
+from catalog.tasks import outcomes
 from tests.catalog.world import World, begin_preparation, request, sha
 
 
@@ -143,7 +145,7 @@ def test_repeated_tag_counts_once(world: World) -> None:
 
 
 REFUSAL = {"refusal": {"code": "nothing_to_learn"}}
-NOTHING = {"code": "nothing_to_learn", "message": "No row has tokens to train on. Add rows."}
+NOTHING = ErrorText(code="nothing_to_learn", message="No row has tokens to train on.", remedy="Add rows.")
 
 
 def test_rejection_is_reported_for_its_model_only(world: World) -> None:
@@ -156,7 +158,7 @@ def test_rejection_is_reported_for_its_model_only(world: World) -> None:
     assert unprepared is not None
     wanted = unprepared.files
     world.put_tokens(wanted.train_key, file_digest=wanted.training.digest, artifact=None, report=REFUSAL)
-    preparation.refuse(world.db, unprepared.task, error=NOTHING)
+    outcomes.fail(world.db, unprepared.task, preparation.PREPARATION, NOTHING)
     waiting = world.submit(model="other")
 
     of_file = {"project_id": world.caller.project_id, "file_id": world.file_id}
@@ -174,7 +176,7 @@ def test_each_file_of_a_rejected_job_keeps_its_report(world: World) -> None:
     world.put_tokens(wanted.train_key, file_digest=sha("x"), artifact=None, report={"rows": 1})
     world.put_tokens(wanted.valid_key or "", file_digest=sha("y"), artifact=None, report=REFUSAL)
 
-    preparation.refuse(world.db, unprepared.task, error=NOTHING)
+    outcomes.fail(world.db, unprepared.task, preparation.PREPARATION, NOTHING)
 
     reports = data_reports.of_job(world.db, **world.of(job.id))
     assert (reports.training, reports.validation) == ({"rows": 1}, REFUSAL)

@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from catalog.error_texts import ErrorText
 from catalog.errors import StaleClaim
 from catalog.jobs import commands
 from catalog.lifecycle import preparation, recording
 from catalog.queue import claims
 from catalog.states import EndReason, JobState
-from catalog.tasks import task_queue
+from catalog.tasks import outcomes, task_queue
 from catalog.tasks.task_queue import TaskKind
 from tests.catalog.world import LEASE, World, begin_preparation, manifest, try_claim
 
@@ -21,11 +22,12 @@ def test_unusable_files_fail_the_job_with_the_reported_error(world: World) -> No
     unprepared = begin_preparation(world.db, "w1")
     assert unprepared is not None
 
-    preparation.refuse(world.db, unprepared.task, error={"code": "nothing_to_learn", "message": "All masked."})
+    error = ErrorText(code="nothing_to_learn", message="All masked.", remedy="Add rows.", param="training_file")
+    outcomes.fail(world.db, unprepared.task, preparation.PREPARATION, error)
 
     refused = world.job(job.id)
     assert (refused.state, refused.reason) == (JobState.FAILED, EndReason.USER_ERROR)
-    assert refused.error == {"code": "nothing_to_learn", "message": "All masked.", "param": "training_file"}
+    assert refused.error == error.as_job_error()
 
 
 def test_preparation_is_leased_to_one_worker_and_can_be_released(world: World) -> None:
@@ -34,7 +36,8 @@ def test_preparation_is_leased_to_one_worker_and_can_be_released(world: World) -
     assert first is not None
     assert begin_preparation(world.db, "w2") is None
 
-    preparation.release(world.db, first.task, detail="the store does not answer", wait_seconds=5)
+    error = ErrorText(code="storage_unavailable", message="The store does not answer.", remedy="")
+    outcomes.release(world.db, first.task, preparation.PREPARATION, error, wait_seconds=5)
 
     assert begin_preparation(world.db, "w2") is None
     world.clock.advance(6)
@@ -80,7 +83,7 @@ def test_preparation_and_training_claims_are_not_interchangeable(world: World) -
         lambda: claims.end(world.db, preparing.task.claim_id, reason=EndReason.DRAINED, detail=""),
         lambda: recording.record_progress(world.db, preparing.task.claim_id, {}),
         lambda: preparation.finish(world.db, replace(preparing.task, claim_id=running.claim_id), num_steps=1),
-        lambda: preparation.release(world.db, replace(preparing.task, claim_id=running.claim_id), detail=""),
+        lambda: outcomes.release(world.db, replace(preparing.task, claim_id=running.claim_id), preparation.PREPARATION),
     ):
         with pytest.raises(StaleClaim):
             write()

@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 from sqlalchemy import func, select
 
 from catalog.db.database import Database
+from catalog.error_texts import ErrorText
 from catalog.errors import LorryError, StaleClaim
 from catalog.fleet import workers
 from catalog.jobs import commands
@@ -33,6 +34,7 @@ from catalog.tables.history import Attempt, JobEvent
 from catalog.tables.jobs import Job
 from catalog.tables.storage import Adapter
 from catalog.tables.tasks import Task
+from catalog.tasks import outcomes
 from catalog.tasks.task_queue import TaskClaim, TaskKind
 from tests.catalog.world import LEASE, Clock, World, begin_preparation, manifest
 
@@ -103,7 +105,7 @@ class Service(RuleBasedStateMachine):
 
     @rule(task=preparing)
     def refused(self, task: TaskClaim) -> None:
-        self.attempted(preparation.refuse, task, error={"message": "bad"})
+        self.attempted(outcomes.fail, task, preparation.PREPARATION, ErrorText(code="bad", message="Bad.", remedy=""))
 
     @rule(target=held, worker_id=WORKERS, max_jobs=st.integers(1, 3))
     def claim(self, worker_id: str, max_jobs: int) -> Any:

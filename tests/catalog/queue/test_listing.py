@@ -17,6 +17,7 @@ from catalog.resources.throughput import Speeds
 from catalog.scheduling.snapshot import Capacity
 from catalog.settings import Settings
 from catalog.states import EndReason
+from catalog.tasks import outcomes
 from tests.catalog.db.interleaving import after_statement
 from tests.catalog.world import World, begin_preparation, linears, sha
 
@@ -124,7 +125,7 @@ def test_explanation_of_a_job_in_validation(world: World) -> None:
     claimed = begin_preparation(world.db, "w1")
     assert claimed is not None
     assert explained(world, first.id)["explanation"] == "Worker w1 is tokenizing its files."
-    preparation.release(world.db, claimed.task, detail="", wait_seconds=9)
+    outcomes.release(world.db, claimed.task, preparation.PREPARATION, wait_seconds=9)
     assert explained(world, first.id)["explanation"] == "Tokenization of its files will be retried in 9 s."
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from catalog.datasets.chat_templates import TEMPLATES
+from catalog.error_texts import ErrorText
 from catalog.errors import Conflict, InvalidRequest, NotFound, StaleClaim
 from catalog.jobs import commands
 from catalog.registry import adapters, base_models
@@ -18,10 +19,12 @@ from catalog.registry.base_models import SOURCE_PATTERN
 from catalog.spec.data import DataOptions
 from catalog.storage import token_cache
 from catalog.storage.manifest import files_digest
-from catalog.tasks import task_queue
+from catalog.tasks import outcomes, task_queue
 from catalog.tasks.task_queue import MAX_ATTEMPTS, TaskClaim, TaskKind
 from tests.catalog.db.interleaving import after_statement
 from tests.catalog.world import DESCRIPTION, LEASE, World, manifest, sha, try_claim
+
+FAULT = ErrorText(code="no_such_repo", message="It is gone.", remedy="Use another.")
 
 
 @pytest.mark.parametrize(
@@ -88,23 +91,23 @@ def test_import_that_kills_every_worker_fails_and_can_be_repeated(world: World) 
     base_models.add(world.db, **wanted)
 
     for _ in range(MAX_ATTEMPTS[TaskKind.IMPORT]):
-        assert base_models.begin_import(world.db, _claim(world)) is not None
+        assert not _claim(world).is_exhausted
         world.clock.advance(LEASE + 1)
-    assert base_models.begin_import(world.db, _claim(world)) is None
+    outcomes.fail_lost(world.db, _claim(world), base_models.IMPORT)
 
     failed = base_models.get(world.db, "b")
     assert (failed.state, (failed.error or {})["code"]) == ("failed", "import_failed")
     assert "5 workers were lost" in (failed.error or {})["message"]
     assert try_claim(world.db, TaskKind.IMPORT) is None
     assert base_models.add(world.db, **wanted).state == "importing"
-    assert base_models.begin_import(world.db, _claim(world)) is not None
+    assert not _claim(world).is_exhausted
 
 
 def test_failed_import_keeps_its_error_and_is_retried_when_added_again(world: World) -> None:
     base_models.add(world.db, name="b", kind="hub", source="org/b", revision=None)
-    world.fail_import("b", {"code": "no_such_repo", "message": "It is gone."})
+    world.fail_import("b", FAULT.report())
 
-    assert base_models.get(world.db, "b").error == {"code": "no_such_repo", "message": "It is gone."}
+    assert base_models.get(world.db, "b").error == FAULT.report()
     assert try_claim(world.db, TaskKind.IMPORT) is None
     assert base_models.add(world.db, name="b", kind="hub", source="org/b", revision=None).state == "importing"
     assert try_claim(world.db, TaskKind.IMPORT) is not None
@@ -112,7 +115,7 @@ def test_failed_import_keeps_its_error_and_is_retried_when_added_again(world: Wo
 
 def test_base_that_was_never_ready_can_get_another_source(world: World) -> None:
     base_models.add(world.db, name="b", kind="hub", source="org/mistyped", revision=None)
-    world.fail_import("b", {"code": "no_such_repo", "message": "It is gone."})
+    world.fail_import("b", FAULT.report())
 
     fixed = base_models.add(world.db, name="b", kind="folder", source="/models/b", revision=None)
 
@@ -150,13 +153,13 @@ def test_worker_that_lost_its_import_lease_changes_nothing(world: World) -> None
     with pytest.raises(StaleClaim):
         base_models.finish_import(world.db, late, digest=sha("changed"), **fields)
     with pytest.raises(StaleClaim):
-        base_models.fail_import(world.db, late, error={})
+        outcomes.fail(world.db, late, base_models.IMPORT, FAULT)
     assert base_models.get(world.db, "b").state == "importing"
     base_models.finish_import(world.db, holder, digest=sha("b"), **fields)
     with pytest.raises(StaleClaim):
         base_models.finish_import(world.db, late, digest=sha("changed"), **fields)
     with pytest.raises(StaleClaim):
-        base_models.fail_import(world.db, late, error={})
+        outcomes.fail(world.db, late, base_models.IMPORT, FAULT)
 
     row = base_models.get(world.db, "b")
     assert (row.state, row.digest, row.error) == ("ready", sha("b"), None)
@@ -251,7 +254,7 @@ def test_import_does_not_restore_a_base_deleted_meanwhile(world: World) -> None:
     with pytest.raises(StaleClaim):
         base_models.finish_import(world.db, old, digest=sha("b"), **fields)
     with pytest.raises(StaleClaim):
-        base_models.fail_import(world.db, old, error={})
+        outcomes.fail(world.db, old, base_models.IMPORT, FAULT)
     with pytest.raises(NotFound):
         base_models.get(world.db, "b")
     assert try_claim(world.db, TaskKind.IMPORT) is None
@@ -260,7 +263,7 @@ def test_import_does_not_restore_a_base_deleted_meanwhile(world: World) -> None:
     with pytest.raises(StaleClaim):
         base_models.finish_import(world.db, old, digest=sha("b"), **fields)
     with pytest.raises(StaleClaim):
-        base_models.fail_import(world.db, old, error={})
+        outcomes.fail(world.db, old, base_models.IMPORT, FAULT)
     assert base_models.get(world.db, "b").state == "importing"
     base_models.finish_import(world.db, _claim(world), digest=sha("new"), **fields)
     assert base_models.get(world.db, "b").digest == sha("new")
@@ -353,5 +356,5 @@ def test_no_base_counts_as_deleted_during_an_import(world: World) -> None:
     claim_id = _claim(world)
 
     assert base_models.deleted(world.db, [sha("smol")]) == set()
-    base_models.fail_import(world.db, claim_id, error={})
+    outcomes.fail(world.db, claim_id, base_models.IMPORT, FAULT)
     assert base_models.deleted(world.db, [sha("smol")]) == {sha("smol")}

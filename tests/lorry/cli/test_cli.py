@@ -313,6 +313,18 @@ def test_models_add_waits_until_the_model_is_ready(service: Script, run: Run) ->
     assert "Importing model m" in run("models", "add", "m", "org/name", "--no-wait").stderr
 
 
+def test_models_add_shows_the_error_of_each_attempt_once(service: Script, run: Run) -> None:
+    error = {"code": "out_of_space", "message": "The disk is full.", "remedy": "Free up space."}
+    importing = {"id": "m", "state": "importing"}
+    service.on("POST", "/v1/models", importing)
+    waits = [importing, importing | {"error": error}, importing | {"error": error}]
+    service.on("GET", "/v1/models/m", *waits, {"id": "m", "state": "ready", "digest": "d1"})
+
+    lines = run("models", "add", "m", "org/name").stderr.splitlines()
+
+    assert lines == ["Importing m…", "The disk is full. Free up space.", "Model m is ready, digest d1."]
+
+
 @pytest.mark.parametrize(("given", "sent"), [("chatml", "chatml"), ("chat.jinja", "{{ messages }}")])
 def test_models_add_sends_the_name_of_a_template_or_the_text_of_its_file(
     service: Script, run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: str, sent: str

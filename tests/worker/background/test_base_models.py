@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,8 +25,8 @@ from catalog.tables.tasks import Task
 from catalog.tasks.task_queue import TaskKind
 from tests.catalog.world import claim_import_of, try_claim
 from worker.background import base_models, child_task
-from worker.background.child_task import Abandoned
-from worker.background.task_runner import run_next
+from worker.background.child_task import Abandoned, AttemptFailed
+from worker.background.task_runner import TaskDelayed, run_next
 from worker.node import devices
 from worker.protocol.errors import disk_error
 from worker.protocol.mailbox import read_json, write_json
@@ -171,7 +172,7 @@ def test_an_unreadable_source_fails_the_import(
     assert row.error["code"] == "source_unreachable"
     assert row.error["message"].startswith(f"Worker w1 can't read {source}")
     assert "[Errno" not in row.error["message"]
-    assert row.error["remedy"].endswith("Then add the same model again.")
+    assert row.error["remedy"].endswith("Then repeat the request.")
 
 
 def test_a_hub_cache_that_cannot_be_created_is_named(
@@ -182,7 +183,8 @@ def test_a_hub_cache_that_cannot_be_created_is_named(
     monkeypatch.setenv("HF_HOME", str(folder))
     record.add(context.db, name="remote", kind="hub", source="org/remote")
 
-    assert run_next(context, [TaskKind.IMPORT]) is True
+    with pytest.raises(TaskDelayed):
+        run_next(context, [TaskKind.IMPORT])
 
     error = record.get(context.db, "remote").error or {}
     assert error["message"] == (
@@ -198,11 +200,13 @@ def test_a_full_disk_under_the_hub_cache_is_reported_as_such(context: Any, monke
     monkeypatch.setattr(base_models.sandbox, "base_import", base_import)
     record.add(context.db, name="remote", kind="hub", source="org/remote")
 
-    assert run_next(context, [TaskKind.IMPORT]) is True
+    with pytest.raises(TaskDelayed):
+        run_next(context, [TaskKind.IMPORT])
 
-    error = record.get(context.db, "remote").error or {}
-    assert error["code"] == "out_of_space"
-    assert "data folder or Hugging Face cache" in error["remedy"]
+    row = record.get(context.db, "remote")
+    error = row.error or {}
+    assert (row.state, error["code"]) == ("importing", "out_of_space")
+    assert "data folder, Hugging Face cache" in error["remedy"]
 
 
 @pytest.mark.parametrize(
@@ -214,7 +218,7 @@ def test_a_full_disk_under_the_hub_cache_is_reported_as_such(context: Any, monke
             "w1 was killed by signal 9 (SIGKILL), probably because the machine ran out of memory.",
             "Free up memory",
         ),
-        ("raise OSError(28, 'full')", "The disk on worker w1 is full.", "that worker's data folder."),
+        ("raise OSError(28, 'full')", "The disk on worker w1 is full.", "that worker's data folder"),
     ],
 )
 def test_a_failed_import_names_the_worker_and_the_cause(
@@ -227,12 +231,13 @@ def test_a_failed_import_names_the_worker_and_the_cause(
     monkeypatch.setattr(child_task, "run_child", run_child)
     record.add(context.db, name="broken", kind="folder", source=str(tmp_path))
 
-    assert run_next(context, [TaskKind.IMPORT]) is True
+    with pytest.raises(TaskDelayed):
+        run_next(context, [TaskKind.IMPORT])
 
     error = record.get(context.db, "broken").error or {}
     assert error["message"].endswith(message)
     assert remedy in error["remedy"]
-    assert error["remedy"].endswith("Then add the same model again.")
+    assert error["remedy"].endswith(("Then repeat the request.", "If all attempts have failed, repeat the request."))
 
 
 @pytest.mark.parametrize("kill_signal", [0, signal.SIGXCPU])
@@ -256,7 +261,8 @@ def test_the_remedy_of_a_failed_import_fits_the_kind_of_source(
     source = "org/name" if kind == "hub" else str(tmp_path)
     record.add(context.db, name="broken", kind=kind, source=source)
 
-    assert run_next(context, [TaskKind.IMPORT]) is True
+    with pytest.raises(TaskDelayed) if kill_signal == 0 else nullcontext():
+        run_next(context, [TaskKind.IMPORT])
 
     error = record.get(context.db, "broken").error or {}
     assert error["code"] == "import_failed"
@@ -276,12 +282,12 @@ def test_a_disk_problem_that_the_import_reports_names_the_worker(
     monkeypatch.setattr(child_task, "run_child", run_child)
     record.add(context.db, name="broken", kind="folder", source=str(tmp_path))
 
-    assert run_next(context, [TaskKind.IMPORT]) is True
+    with pytest.raises(TaskDelayed):
+        run_next(context, [TaskKind.IMPORT])
 
     error = record.get(context.db, "broken").error or {}
     assert error["code"] == code
     assert "worker w1" in error["message"]
-    assert error["remedy"].endswith("Then add the same model again.")
 
 
 @pytest.mark.parametrize(
@@ -297,7 +303,7 @@ def test_a_changed_base_is_reported_with_the_worker(
     record.add(context.db, name="tiny", kind=kind, source=source)
     monkeypatch.setattr(base_models, "_import", lambda *_: ({"files": []}, {}))
 
-    with pytest.raises(base_models.ImportRefused) as caught:
+    with pytest.raises(AttemptFailed) as caught:
         base_models.ensure(context, "tiny", "0" * 64)
 
     assert caught.value.message.startswith("On worker w1, the source files for base model 'tiny' differ")
@@ -319,7 +325,8 @@ def test_a_disk_too_full_for_a_message_is_not_blamed_on_the_model(
 
     with pytest.raises(OutOfSpace):
         base_models.ensure(context, "sound", "0" * 64)
-    assert run_next(context, [TaskKind.IMPORT]) is True
+    with pytest.raises(TaskDelayed):
+        run_next(context, [TaskKind.IMPORT])
 
     error = record.get(context.db, "sound").error or {}
     assert (error["code"], error["message"]) == ("out_of_space", "The disk on worker w1 is full.")
@@ -333,7 +340,8 @@ def test_an_import_without_progress_names_what_to_check(
     monkeypatch.setattr(child_task, "run_child", lambda *_arguments, **_options: sleeper)
     record.add(context.db, name="tiny", kind="hub", source="org/tiny")
 
-    assert run_next(context, [TaskKind.IMPORT]) is True
+    with pytest.raises(TaskDelayed):
+        run_next(context, [TaskKind.IMPORT])
 
     error = record.get(context.db, "tiny").error or {}
     assert error["code"] == "no_progress"

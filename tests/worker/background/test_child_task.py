@@ -16,23 +16,24 @@ import psutil
 import pytest
 
 from catalog.error_texts import ErrorText
-from catalog.errors import LorryError, Unavailable
+from catalog.errors import LorryError, OutOfSpace, Unavailable
 from catalog.settings import Settings
 from catalog.tasks import task_queue
 from catalog.tasks.task_queue import TaskClaim, TaskKind
 from tests.worker_site import wait_until
 from worker.background import child_task
-from worker.background.child_task import ChildFailed
+from worker.background.child_task import AttemptFailed, Refused
 from worker.node import devices
 from worker.process.sandbox import Sandbox
 from worker.protocol.errors import EXIT_DISK_FULL
 
-BOX = Sandbox(kind="tokenization")
+BOX = Sandbox(kind="tokenization", limits={"cpu": 1000})
 ANSWERS = """
 import json, sys
 request = json.load(open(sys.argv[1]))
 json.dump({"twice": 2 * request["number"]}, open(request["result"], "w"))
 """
+ABOUT = {"action": "The work", "worker_id": "w1"}
 Run = Callable[[str], Any]
 
 
@@ -55,13 +56,11 @@ def run(context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
                 return subprocess.Popen(argv, stdout=log, stderr=log, start_new_session=True)
 
         monkeypatch.setattr(child_task, "run_child", run_child)
-        return child_task.run(context, "a.module", {"number": 21}, work=tmp_path, box=BOX, stuck=no_progress)
+        return child_task.run(
+            context, "a.module", {"number": 21}, work=tmp_path, box=BOX, action="The work", crash="export_crashed"
+        )
 
     return run
-
-
-def no_progress(why: str) -> LorryError:
-    return LorryError(ErrorText(code="no_progress", message=f"It was stopped because {why}.", remedy="Wait."))
 
 
 def test_a_child_gets_the_request_and_returns_its_result(run: Run) -> None:
@@ -69,26 +68,64 @@ def test_a_child_gets_the_request_and_returns_its_result(run: Run) -> None:
 
 
 def test_a_failure_has_the_exit_status_and_the_last_line_of_output(run: Run) -> None:
-    with pytest.raises(ChildFailed) as caught:
+    with pytest.raises(AttemptFailed) as caught:
         run("import sys; print('First.'); print('KeyError: 1.'); print(); sys.exit(3)")
 
-    assert (caught.value.returncode, caught.value.last_line, caught.value.is_disk_full) == (3, "KeyError: 1", False)
+    assert caught.value.text == ErrorText.of(
+        "export_crashed",
+        action="The work",
+        worker_id="w1",
+        exited="failed with exit status 3",
+        last_line="KeyError: 1",
+    )
+
+
+def test_killed_child_points_at_the_memory(run: Run) -> None:
+    with pytest.raises(AttemptFailed) as caught:
+        run("import os; os.kill(os.getpid(), 9)")
+
+    assert caught.value.code == "out_of_memory"
+    assert caught.value.message == (
+        "The work on worker w1 was killed by signal 9 (SIGKILL), probably because the machine ran out of memory."
+    )
+
+
+def test_child_that_exceeds_its_processor_time_is_refused_on_every_worker(run: Run) -> None:
+    with pytest.raises(Refused, match=f"used {BOX.limits['cpu']:,} s of processor time, the limit"):
+        run("import os, signal; os.kill(os.getpid(), signal.SIGXCPU)")
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "message"),
+    [
+        ("out_of_space", OutOfSpace, "The disk on worker w1 is full."),
+        ("disk_error", AttemptFailed, "It failed (worker w1)."),
+        ("unsupported_model", Refused, "It failed."),
+    ],
+)
+def test_reported_error_is_of_this_worker_or_of_every_worker(
+    run: Run, code: str, error: type[LorryError], message: str
+) -> None:
+    reported = {"code": code, "message": "It failed.", "remedy": "Fix it."}
+
+    with pytest.raises(error) as caught:
+        run(ANSWERS.replace('{"twice": 2 * request["number"]}', repr({"error": reported})))
+
+    assert (type(caught.value), caught.value.message) == (error, message)
 
 
 def test_a_long_last_line_is_cut(run: Run) -> None:
-    with pytest.raises(ChildFailed) as caught:
+    with pytest.raises(AttemptFailed) as caught:
         run(f"print('x' * {child_task.LINE_CHARS + 1})")
 
-    assert (caught.value.returncode, caught.value.last_line) == (0, "x" * child_task.LINE_CHARS)
+    assert caught.value.message.endswith(f": {'x' * child_task.LINE_CHARS}.")
 
 
 def test_a_failure_is_not_attributed_to_the_output_of_an_earlier_child(run: Run) -> None:
     run(ANSWERS + "print('OSError: [Errno 28] No space left on device')")
 
-    with pytest.raises(ChildFailed) as caught:
+    with pytest.raises(AttemptFailed, match="no output"):
         run("raise SystemExit(3)")
-
-    assert (caught.value.last_line, caught.value.is_disk_full) == ("no output", False)
 
 
 @pytest.mark.parametrize(
@@ -105,10 +142,8 @@ def test_a_full_disk_is_recognized_however_the_child_reports_it(
 ) -> None:
     monkeypatch.setattr(devices, "is_disk_full", lambda _folder: is_full)
 
-    with pytest.raises(ChildFailed) as caught:
+    with pytest.raises(OutOfSpace):
         run(program)
-
-    assert caught.value.is_disk_full
 
 
 def test_a_child_without_progress_is_terminated(
@@ -117,8 +152,10 @@ def test_a_child_without_progress_is_terminated(
     monkeypatch.setattr(child_task, "STALL_SECONDS", 0.0)
     monkeypatch.setattr(child_task._Progress, "_seconds_used", lambda _self: 0.0)  # pyright: ignore[reportPrivateUsage]
 
-    with pytest.raises(LorryError, match="stopped because it used no processor time for 0 s"):
-        child_task.wait_for_child(sleeper, context, stuck=no_progress)
+    with pytest.raises(
+        AttemptFailed, match="The work on worker w1 was stopped because it used no processor time for 0 s"
+    ):
+        child_task.wait_for_child(sleeper, context, lambda: False, about=ABOUT)
 
     assert sleeper.returncode is not None
 
@@ -126,7 +163,7 @@ def test_a_child_without_progress_is_terminated(
 def test_progress_of_a_process_that_the_child_has_started_counts() -> None:
     program = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
     child = subprocess.Popen([sys.executable, "-c", program], start_new_session=True)
-    seconds_used = child_task._Progress(child.pid, no_progress)._seconds_used  # pyright: ignore[reportPrivateUsage]
+    seconds_used = child_task._Progress(child.pid, ABOUT)._seconds_used  # pyright: ignore[reportPrivateUsage]
 
     try:
         own = psutil.Process(child.pid)
@@ -141,7 +178,7 @@ def test_no_child_is_left_running_after_an_unexpected_error(context: Any, sleepe
         raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        child_task.wait_for_child(sleeper, context, fail, stuck=no_progress)
+        child_task.wait_for_child(sleeper, context, fail, about=ABOUT)
 
     assert sleeper.returncode is not None
 
@@ -162,6 +199,6 @@ def test_a_database_outage_does_not_stop_a_child(
     is_unwanted = child_task.lost_lease(
         context, TaskClaim(claim_id="task-1", kind=TaskKind.PLAN, subject="p", num_attempts=1)
     )
-    child_task.wait_for_child(sleeper, context, is_unwanted, stuck=no_progress)
+    child_task.wait_for_child(sleeper, context, is_unwanted, about=ABOUT)
 
     assert was_called.is_set()

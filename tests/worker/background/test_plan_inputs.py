@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 
 from catalog.error_texts import ErrorText
-from catalog.errors import Unavailable
-from catalog.lifecycle.preparation import RETRY_SECONDS
+from catalog.errors import OutOfSpace, Unavailable
 from catalog.plans import plans
 from catalog.storage import token_cache
 from catalog.storage.manifest import DamagedArtifact
@@ -26,8 +25,8 @@ from tests.catalog.prepared_data import DETAILS, REPORT
 from tests.catalog.world import begin_plan
 from tests.worker.pack_site import PackSite
 from worker.background import base_models, child_task, task_runner, tokenization
-from worker.background.child_task import ChildFailed
-from worker.background.task_runner import run_next
+from worker.background.child_task import AttemptFailed
+from worker.background.task_runner import RETRY_SECONDS, TaskDelayed, run_next
 from worker.children.tokenizer.token_file import TokenFile
 from worker.context.context import WorkerContext
 
@@ -107,7 +106,8 @@ def test_a_store_outage_delays_the_plan_until_a_retry(
     monkeypatch.setattr(tokenization, "prepare_files", fail)
     row = plan(site.world)
 
-    assert run_next(site.context, [TaskKind.PLAN])
+    with pytest.raises(Unavailable):
+        run_next(site.context, [TaskKind.PLAN])
 
     assert get_plan(site, row).state == "computing"
     assert begin_plan(site.db, "w1") is None, "not yet"
@@ -119,16 +119,14 @@ def test_a_plan_whose_files_crash_the_tokenizer_fails_after_retries(
     site: PackSite, made: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def crash(*_: object, **__: object) -> None:
-        raise tokenization.PreparationCrashed(
-            ErrorText(code="preparation_failed", message="It failed.", remedy="Look.")
-        )
+        raise AttemptFailed(ErrorText(code="preparation_failed", message="It failed.", remedy="Look."))
 
     monkeypatch.setattr(tokenization, "_run", crash)
     row = plan(site.world)
 
     for number in range(1, MAX_ATTEMPTS[TaskKind.PLAN] + 1):
         assert get_plan(site, row).state == "computing"
-        with pytest.raises(tokenization.PreparationDelayed):
+        with pytest.raises(TaskDelayed):
             run_next(site.context, [TaskKind.PLAN])
         site.world.clock.advance(retry_wait(number) - 1)
         assert not run_next(site.context, [TaskKind.PLAN]), "not yet"
@@ -149,7 +147,7 @@ def test_a_failed_comparison_is_reported_with_both_files_and_the_worker(
     row = plan(site.world, validation_file=site.world.file())
 
     for _ in range(MAX_ATTEMPTS[TaskKind.PLAN]):
-        with pytest.raises(tokenization.PreparationDelayed):
+        with pytest.raises(TaskDelayed):
             run_next(site.context, [TaskKind.PLAN])
         site.world.clock.advance(3600)
 
@@ -165,13 +163,13 @@ def test_a_full_disk_during_the_comparison_counts_against_no_plan(
     site: PackSite, made: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: object, **__: object) -> None:
-        raise ChildFailed(1, "no output", is_disk_full=True)
+        raise OutOfSpace("disk_full_on_worker", worker_id="w1")
 
     row = plan(site.world, validation_file=site.world.file())
     with monkeypatch.context() as patch:
         patch.setattr(child_task, "run", full)
         for _ in range(MAX_ATTEMPTS[TaskKind.PLAN] + 1):
-            with pytest.raises(tokenization.PreparationDelayed):
+            with pytest.raises(TaskDelayed):
                 run_next(site.context, [TaskKind.PLAN])
             site.world.clock.advance(RETRY_SECONDS + 1)
     assert get_plan(site, row).state == "computing"
@@ -190,7 +188,7 @@ def test_damaged_tokens_are_recomputed_when_a_plan_compares_them(
     row = plan(site.world, validation_file=site.world.file())
     with monkeypatch.context() as patch:
         patch.setattr(ArtifactStore, "fetch", damaged)
-        with pytest.raises(tokenization.PreparationDelayed):
+        with pytest.raises(TaskDelayed):
             run_next(site.context, [TaskKind.PLAN])
     assert token_cache.get(site.db, row.train_prepared) is None
     site.world.clock.advance(RETRY_SECONDS + 1)

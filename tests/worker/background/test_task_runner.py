@@ -10,8 +10,7 @@ import pytest
 from catalog.tasks.task_queue import TaskKind
 from tests.worker.pack_site import OUTAGE, PackSite
 from worker.background import base_models, task_runner
-from worker.background.task_runner import TaskRunner
-from worker.background.tokenization import PreparationDelayed
+from worker.background.task_runner import TaskDelayed, TaskRunner
 from worker.context.context import WorkerContext
 
 
@@ -65,7 +64,7 @@ def test_a_notification_does_not_advance_a_poll_after_an_outage(
 
 
 def test_repeated_preparation_failures_back_off_exponentially(site: PackSite, results: list[bool | Exception]) -> None:
-    results += [True, *(PreparationDelayed() for _ in range(8))]
+    results += [True, *(TaskDelayed() for _ in range(8))]
     thread = TaskRunner(site.context).threads[0]
 
     assert thread.do_one(), "the job may have caused the first failure: the next poll is immediate"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from catalog.error_texts import ErrorText
-from catalog.lifecycle.preparation import RETRY_SECONDS
+from catalog.errors import OutOfSpace
 from catalog.states import EndReason
 from catalog.storage import token_cache
 from catalog.storage.manifest import DamagedArtifact
@@ -19,10 +19,8 @@ from catalog.tasks.task_queue import MAX_ATTEMPTS, TaskKind, retry_wait
 from tests.catalog.world import sha
 from tests.worker.pack_site import PackSite
 from worker.background import base_models, child_task, tokenization
-from worker.background.child_task import ChildFailed
-from worker.background.task_runner import run_next
-from worker.background.tokenization import PreparationDelayed
-from worker.protocol.errors import disk_error
+from worker.background.child_task import AttemptFailed
+from worker.background.task_runner import RETRY_SECONDS, TaskDelayed, run_next
 
 REFUSAL = {"code": "nothing_to_learn", "message": "There is nothing in it.", "remedy": "Give another."}
 Child = Callable[..., dict[str, Any]]
@@ -73,18 +71,11 @@ def test_a_rejected_file_leaves_the_keys_of_both_files_on_the_job(
 
 
 def no_base(*_: object, **__: object) -> Path:
-    raise base_models.ImportRefused(
-        ErrorText(code="import_failed", message="This machine lacks it.", remedy="Look at the source.")
-    )
+    raise AttemptFailed(ErrorText(code="import_failed", message="This machine lacks it.", remedy="Look at the source."))
 
 
 def no_tokens(*_: object, **__: object) -> dict[str, Any]:
-    raise _crash(1, "Killed")
-
-
-def _crash(returncode: int, last_line: str) -> Exception:
-    error = ChildFailed(returncode, last_line, is_disk_full=False)
-    return tokenization.crashed("preparation_failed", error, worker_id="w1", subject="file-1")
+    raise AttemptFailed(ErrorText(code="preparation_failed", message="It crashed.", remedy="Look."))
 
 
 def no_disk(*_: object, **__: object) -> dict[str, Any]:
@@ -131,7 +122,7 @@ def test_a_file_that_one_machine_cannot_prepare_waits_for_another(
 ) -> None:
     job_id = site.world.submit().id
 
-    with pytest.raises(PreparationDelayed):
+    with pytest.raises(TaskDelayed):
         run_next(site.context, [TaskKind.PREPARATION])
 
     assert site.world.job(job_id).state == "validating_files"
@@ -148,14 +139,14 @@ def test_a_file_that_no_machine_can_prepare_fails_after_backed_off_retries(site:
     waits: list[float] = []
     for _ in range(MAX_ATTEMPTS[TaskKind.PREPARATION]):
         assert site.world.job(job_id).state == "validating_files"
-        with pytest.raises(PreparationDelayed):
+        with pytest.raises(TaskDelayed):
             run_next(site.context, [TaskKind.PREPARATION])
         waits.append((site.world.job(job_id).run_after or 0.0) - site.world.clock.now)
         site.world.clock.advance(retry_wait(MAX_ATTEMPTS[TaskKind.PREPARATION]))
 
     job = site.world.job(job_id)
     assert (job.state, job.reason, (job.error or {})["code"]) == ("failed", EndReason.INFRA_LOST, hindrance)
-    assert f"{MAX_ATTEMPTS[TaskKind.PREPARATION]} times" in (job.error or {})["message"]
+    assert f"All {MAX_ATTEMPTS[TaskKind.PREPARATION]} attempts have failed." in (job.error or {})["message"]
     assert [round(wait) for wait in waits[:-1]] == [10, 30, 90, 270]
     assert site.held() == set()
 
@@ -164,30 +155,14 @@ def full(*_: object, **__: object) -> Any:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def full_for_a_base(*_: object, **__: object) -> Any:
-    error = disk_error(OSError(errno.ENOSPC, "No space left on device"))
-    raise base_models.ImportRefused(ErrorText(code=error["code"], message=error["message"], remedy=error["remedy"]))
-
-
 def full_for_a_child(*_: object, **__: object) -> Any:
-    raise ChildFailed(1, "no output", is_disk_full=True)
-
-
-def test_a_crash_is_reported_with_its_remedy() -> None:
-    failed, killed = _crash(1, "KeyError: 'a'"), _crash(-9, "no output")
-
-    assert isinstance(failed, tokenization.PreparationCrashed)
-    assert failed.code == "preparation_failed"
-    assert "KeyError: 'a'" in failed.message
-    assert isinstance(killed, tokenization.PreparationCrashed)
-    assert killed.remedy.startswith("Free up memory on that worker's machine")
+    raise OutOfSpace("disk_full_on_worker", worker_id="w1")
 
 
 @pytest.mark.parametrize(
     ("where", "name", "does"),
     [
         (base_models, "_import", full),
-        (base_models, "_import", full_for_a_base),
         (tokenization, "_run", full),
         (child_task, "run", full_for_a_child),
     ],
@@ -201,7 +176,7 @@ def test_a_full_disk_counts_against_no_job(
     job_id = site.world.submit().id
 
     for _ in range(MAX_ATTEMPTS[TaskKind.PREPARATION] + 1):
-        with pytest.raises(PreparationDelayed):
+        with pytest.raises(TaskDelayed):
             run_next(site.context, [TaskKind.PREPARATION])
         site.world.clock.advance(RETRY_SECONDS + 1)
 

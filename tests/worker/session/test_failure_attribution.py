@@ -16,6 +16,7 @@ from tests.catalog.lifecycle.test_load_failures import load
 from tests.worker.pack_site import OUTAGE, PackSite, emit
 from tests.worker.scripted_trainer import FakeTrainer, Script, load_forever, raising, reasons
 from worker.background import base_models
+from worker.background.child_task import AttemptFailed
 from worker.session import staging
 from worker.session.failures import launch_failure
 from worker.session.session_job import End
@@ -137,7 +138,7 @@ def test_a_base_that_cannot_be_imported_is_handled_like_an_unloadable_one(
     site: PackSite, run: Run, monkeypatch: pytest.MonkeyPatch, num_workers: int
 ) -> None:
     waiting = [site.queued() for _ in range(num_workers)]
-    unreachable = base_models.ImportRefused(
+    unreachable = AttemptFailed(
         ErrorText(code="source_unreachable", message="The hub is far.", remedy="Look at the network.")
     )
     monkeypatch.setattr(base_models, "ensure", raising(unreachable))
@@ -163,7 +164,7 @@ def test_a_base_that_cannot_be_imported_is_handled_like_an_unloadable_one(
         (FULL, EndReason.NODE_FAILED),
         (OSError("No such disk"), EndReason.NODE_FAILED),
         (
-            base_models.ImportRefused(ErrorText(code="model_changed", message="Other files.", remedy="Restore.")),
+            AttemptFailed(ErrorText(code="model_changed", message="Other files.", remedy="Restore.")),
             EndReason.TRAINER_CRASHED,
         ),
     ],
