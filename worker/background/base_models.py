@@ -22,7 +22,7 @@ from catalog.tables.storage import BaseModelRow
 from catalog.tables.table import Json
 from catalog.tasks.task_queue import TaskClaim
 from worker.background import child_task
-from worker.background.child_task import Abandoned, AttemptFailed, Refused
+from worker.background.child_task import Abandoned, AttemptFailed, WorkRefused
 from worker.context.context import WorkerContext
 from worker.node import scratch_dirs
 from worker.process import sandbox
@@ -54,7 +54,7 @@ def ensure(context: WorkerContext, name: str, digest: str, *, is_unwanted: Calla
     row = base_models.get(context.db, name)
     try:
         manifest, _ = _import(context, row, lambda: is_unwanted() or is_deleted())
-    except Refused as error:
+    except WorkRefused as error:
         raise AttemptFailed(error.text) from error
     found = files_digest(manifest)
     if found != digest:
@@ -120,7 +120,7 @@ def _import(context: WorkerContext, row: BaseModelRow, is_unwanted: Callable[[],
         }
         description, commit = _run_child(context, row, work, request, is_unwanted)
         if links := [path.relative_to(target).as_posix() for path in target.rglob("*") if path.is_symlink()]:
-            raise Refused(
+            raise WorkRefused(
                 "import_created_link", name=row.name, worker_id=context.worker_id, links=links[0], source=row.source
             )
         files = [_digest_file(target, path, check=check) for path in sorted(target.rglob("*")) if path.is_file()]
@@ -172,7 +172,7 @@ def _unreachable(worker_id: str, row: BaseModelRow, source: Path | None, error: 
     about = {"worker_id": worker_id, "path": path, "name": row.name, "cause": cause}
     if source is None:
         return AttemptFailed("hub_cache_not_writable", **about)
-    return Refused("source_unreadable", **about, source=str(source))
+    return WorkRefused("source_unreadable", **about, source=str(source))
 
 
 def _digest_file(root: Path, path: Path, *, check: Callable[[], None]) -> ManifestFile:

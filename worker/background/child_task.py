@@ -49,7 +49,7 @@ class AttemptFailed(LorryError):
     """The work failed, perhaps because of this worker."""
 
 
-class Refused(LorryError):
+class WorkRefused(LorryError):
     """The work fails on every worker."""
 
 
@@ -73,7 +73,7 @@ def run(
     action: what the child does, as the beginning of an error message. crash: name of the error text for a child that
     exits without a result, with `values` for its placeholders. is_unwanted: called several times a second.
 
-    Raises Abandoned if the worker shuts down or the result is unwanted, OutOfSpace, Refused with the error that the
+    Raises Abandoned if the worker shuts down or the result is unwanted, OutOfSpace, WorkRefused with the error that the
     child reports, and AttemptFailed if the child crashes, makes no progress, or reports an error of its machine.
     """
     arguments, result, log_path = (work / name for name in ("arguments.json", "result.json", "log.txt"))
@@ -95,7 +95,7 @@ def run(
         raise OutOfSpace("disk_full_on_worker", worker_id=context.worker_id)
     values |= {**about, "last_line": lines[-1][:LINE_CHARS].rstrip(".") if lines else "no output"}
     if child.returncode == -signal.SIGXCPU and "cpu" in box.limits:
-        raise Refused(crash, exited=f"used {box.limits['cpu']:,} s of processor time, the limit", **values)
+        raise WorkRefused(crash, exited=f"used {box.limits['cpu']:,} s of processor time, the limit", **values)
     exited = how_it_exited(child.returncode)
     if is_killed(child.returncode):
         raise AttemptFailed("child_killed", **about, exited=exited)
@@ -106,7 +106,7 @@ def _reported_error(text: ErrorText, worker_id: str) -> LorryError:
     if text.code == OUT_OF_SPACE:
         return OutOfSpace("disk_full_on_worker", worker_id=worker_id)
     if text.code not in CODES_OF_MACHINES:
-        return Refused(text)
+        return WorkRefused(text)
     return AttemptFailed(replace(text, message=f"{text.message.removesuffix('.')} (worker {worker_id})."))
 
 

@@ -22,7 +22,7 @@ from catalog.resources.memory import readable
 from catalog.tables.table import Json
 from catalog.tasks.task_queue import TaskClaim
 from worker.background import base_models, child_task
-from worker.background.child_task import Abandoned, AttemptFailed, Refused
+from worker.background.child_task import Abandoned, AttemptFailed, WorkRefused
 from worker.context.context import WorkerContext
 from worker.node import devices, scratch_dirs
 from worker.process import sandbox
@@ -37,7 +37,7 @@ UPLOAD_PAUSES = (10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
 def make_export(context: WorkerContext, task: TaskClaim) -> bool:
     """Make an export. Returns False if this worker leaves it to others, because it has too little space or memory.
 
-    Raises StaleClaim, Refused, AttemptFailed, QuotaExceeded, NotFound, Forbidden, DamagedArtifact, Abandoned,
+    Raises StaleClaim, WorkRefused, AttemptFailed, QuotaExceeded, NotFound, Forbidden, DamagedArtifact, Abandoned,
     Unavailable. An attempt during which the disk becomes full counts: no attempt may repeat forever.
     """
     if (scarcity := _scarcity(context, commands.inspect(context.db, task))) is not None:
@@ -86,8 +86,8 @@ def _scarcity(context: WorkerContext, waiting: WaitingExport) -> ScarceResources
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Attempt:
-    """One attempt at an export, in the folder `work`. Its methods raise Refused, AttemptFailed, OutOfSpace, Forbidden
-    and, once the worker exits or the export is unwanted, Abandoned."""
+    """One attempt at an export, in the folder `work`. Its methods raise WorkRefused, AttemptFailed, OutOfSpace,
+    Forbidden and, once the worker exits or the export is unwanted, Abandoned."""
 
     context: WorkerContext
     claim: ExportClaim
@@ -173,7 +173,7 @@ class _Attempt:
         except AttemptFailed as error:
             if error.code != "hub_unreachable":
                 raise
-            raise Refused(error.text) from error
+            raise WorkRefused(error.text) from error
 
     def _wait(self, seconds: float) -> None:
         """Wait, and keep the lease. Raises Abandoned."""

@@ -24,14 +24,14 @@ from catalog.tables.storage import File, Prepared
 from catalog.tables.table import Json
 from catalog.tasks.task_queue import TaskClaim
 from worker.background import base_models, child_task
-from worker.background.child_task import Refused
+from worker.background.child_task import WorkRefused
 from worker.context.context import WorkerContext
 from worker.node import scratch_dirs
 from worker.process import sandbox
 from worker.protocol.mailbox import read_json
 
 
-class FileRefused(Refused):
+class FileRefused(WorkRefused):
     """A file can't be trained on. Its report contains the reason."""
 
 
@@ -51,7 +51,7 @@ def prepare(context: WorkerContext, task: TaskClaim) -> bool:
 def recreate(context: WorkerContext, job: Job, file_id: str, key: str) -> Prepared:
     """Recreate a damaged token cache of a running job: the same tokens under the same key.
 
-    Raises Refused, AttemptFailed, Abandoned, DamagedArtifact if the data file itself is damaged, OutOfSpace,
+    Raises WorkRefused, AttemptFailed, Abandoned, DamagedArtifact if the data file itself is damaged, OutOfSpace,
     Unavailable.
     """
     damaged = token_cache.get(context.db, key)
@@ -79,7 +79,8 @@ def prepare_files(
 ) -> tuple[Prepared, Prepared | None]:
     """Return the token caches of both files. Missing ones are created. is_unwanted: called several times a second.
 
-    Raises Refused, AttemptFailed, Abandoned, DamagedArtifact, OutOfSpace, Unavailable. A refused file is a FileRefused.
+    Raises WorkRefused, AttemptFailed, Abandoned, DamagedArtifact, OutOfSpace, Unavailable. A refused file is a
+    FileRefused.
     """
 
     def tokens(file: File, key: str, param: str) -> Prepared:

@@ -19,9 +19,10 @@ from catalog.states import MAX_LOSSES, EndReason, JobState
 from catalog.tables.fleet import DatabaseHeartbeat
 from catalog.tables.history import Attempt
 from catalog.tables.jobs import Job
+from catalog.tasks import outcomes
 from catalog.tasks.task_queue import MAX_ATTEMPTS, TaskKind
 from tests.catalog.sweeping import make
-from tests.catalog.world import LEASE, World, begin_preparation, manifest
+from tests.catalog.world import LEASE, World, begin_preparation, claim_task, manifest
 
 
 def test_job_with_an_expired_lease_is_requeued(world: World) -> None:
@@ -247,7 +248,7 @@ def test_file_that_kills_every_worker_is_finally_rejected(world: World) -> None:
     for _ in range(MAX_ATTEMPTS[TaskKind.PREPARATION]):
         assert begin_preparation(world.db) is not None
         world.pass_time(LEASE + 1)
-    assert begin_preparation(world.db) is None
+    outcomes.fail_lost(world.db, claim_task(world.db, TaskKind.PREPARATION), preparation.PREPARATION)
 
     failed = world.job(job.id)
     assert (failed.state, (failed.error or {})["code"]) == (JobState.FAILED, "preparation_failed")

@@ -23,11 +23,11 @@ from catalog.states import EndReason
 from catalog.storage import files
 from catalog.tables.history import Attempt
 from catalog.tables.jobs import FileOverlap, Job, Plan
-from catalog.tasks import task_queue
+from catalog.tasks import outcomes, task_queue
 from catalog.tasks.task_queue import MAX_ATTEMPTS, TaskKind
 from tests.catalog.plan_data import SETTINGS, know, plan, put, ready
 from tests.catalog.prepared_data import REPORT
-from tests.catalog.world import LEASE, World, begin_plan, linears, request, sha
+from tests.catalog.world import LEASE, World, begin_plan, claim_task, linears, request, sha
 
 
 def found(row: Plan) -> dict[str, Any]:
@@ -127,10 +127,11 @@ def test_plan_of_a_lost_worker_is_retried_and_fails_after_the_limit(world: World
         assert claim is not None
         world.clock.advance(LEASE + 1)
 
-    assert begin_plan(world.db, "w1") is None
+    outcomes.fail_lost(world.db, claim_task(world.db, TaskKind.PLAN), plan_claims.PLAN)
+
     assert look(world, row).state == "failed"
     error = look(world, row).error or {}
-    assert (error["code"], error["param"]) == ("preparation_failed", "training_file")
+    assert (error["code"], error["param"]) == ("preparation_failed", None)
     assert error["message"].endswith("Once the workers run normally, create the job or plan again.")
     with pytest.raises(Conflict, match="was lost") as refused:
         submit(world, row)

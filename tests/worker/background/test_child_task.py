@@ -22,7 +22,7 @@ from catalog.tasks import task_queue
 from catalog.tasks.task_queue import TaskClaim, TaskKind
 from tests.worker_site import wait_until
 from worker.background import child_task
-from worker.background.child_task import AttemptFailed, Refused
+from worker.background.child_task import AttemptFailed, WorkRefused
 from worker.node import devices
 from worker.process.sandbox import Sandbox
 from worker.protocol.errors import EXIT_DISK_FULL
@@ -91,7 +91,7 @@ def test_killed_child_points_at_the_memory(run: Run) -> None:
 
 
 def test_child_that_exceeds_its_processor_time_is_refused_on_every_worker(run: Run) -> None:
-    with pytest.raises(Refused, match=f"used {BOX.limits['cpu']:,} s of processor time, the limit"):
+    with pytest.raises(WorkRefused, match=f"used {BOX.limits['cpu']:,} s of processor time, the limit"):
         run("import os, signal; os.kill(os.getpid(), signal.SIGXCPU)")
 
 
@@ -100,7 +100,7 @@ def test_child_that_exceeds_its_processor_time_is_refused_on_every_worker(run: R
     [
         ("out_of_space", OutOfSpace, "The disk on worker w1 is full."),
         ("disk_error", AttemptFailed, "It failed (worker w1)."),
-        ("unsupported_model", Refused, "It failed."),
+        ("unsupported_model", WorkRefused, "It failed."),
     ],
 )
 def test_reported_error_is_of_this_worker_or_of_every_worker(
