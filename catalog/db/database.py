@@ -29,7 +29,6 @@ from sqlalchemy import (
     Executable,
     Float,
     FromClause,
-    Integer,
     Select,
     Table,
     bindparam,
@@ -96,24 +95,6 @@ def _sqlite_now(element: Any, compiler: Any, **_: Any) -> str:
 @compiles(now, "postgresql")
 def _postgresql_now(element: Any, compiler: Any, **_: Any) -> str:
     return "extract(epoch from clock_timestamp())::double precision"
-
-
-class find_in(GenericFunction[int]):  # noqa: N801
-    """Position of the second text within the first, from 1; 0 if it does not occur."""
-
-    name = "lorry_find_in"
-    type = Integer()
-    inherit_cache = True
-
-
-@compiles(find_in, "sqlite")
-def _sqlite_find_in(element: Any, compiler: Any, **given: Any) -> str:
-    return f"instr({compiler.process(element.clauses, **given)})"
-
-
-@compiles(find_in, "postgresql")
-def _postgresql_find_in(element: Any, compiler: Any, **given: Any) -> str:
-    return f"strpos({compiler.process(element.clauses, **given)})"
 
 
 class Database:
@@ -308,15 +289,14 @@ def _forget_rows(session: Session, _: SessionTransaction) -> None:
     session.info.pop(ROWS, None)
 
 
-def serialize(session: Session, name: str, *, shared: bool = False) -> None:
-    """Take a named lock until this transaction ends. Shared holders wait only for an exclusive one.
+def serialize(session: Session, name: str) -> None:
+    """Take a named lock until this transaction ends.
 
     SQLite needs no lock, because it has one writer at a time. Do not use it within `read`: on PostgreSQL, each
     statement is a transaction of its own there, so the lock is released at once.
     """
     if not is_sqlite(session):
-        lock = "pg_advisory_xact_lock_shared" if shared else "pg_advisory_xact_lock"
-        session.execute(text(f"select {lock}(:number)"), {"number": _number(name)})
+        session.execute(text("select pg_advisory_xact_lock(:number)"), {"number": _number(name)})
 
 
 def serialized_at(session: Session, name: str) -> float:

@@ -6,7 +6,6 @@ class by an index.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import replace
 from typing import get_args
@@ -19,7 +18,7 @@ from catalog.lifecycle.candidates import CandidateFilter
 from catalog.queue import charging
 from catalog.resources.sharding import ShardingStrategy
 from catalog.scheduling.packing import spare_bytes
-from catalog.scheduling.scheduler import MAX_FALLBACKS, decide
+from catalog.scheduling.scheduler import decide
 from catalog.scheduling.snapshot import Candidate, Capacity, Policy, QueueSnapshot
 from catalog.spec.job import Quantization
 from catalog.states import is_suspect
@@ -55,7 +54,6 @@ def snapshot_of(
         live_key=live_key,
         worker_bytes=worker_bytes,
         has_suspect=live_key is not None and _has_suspect(session, trainer_id),
-        per_group=math.ceil(MAX_FALLBACKS / max(1, len(shares))),
     )
     if snapshot.has_suspect:
         return snapshot  # the decision is to wait, whatever the queue contains
@@ -65,10 +63,10 @@ def snapshot_of(
     if loaded_key is not None:
         found = _jobs_of_key(session, snapshot, loaded_key, capacity.memory_bytes_free, holding=capacity.holding)
         snapshot = _with_candidates(snapshot, found)
-    return with_packmates(session, snapshot, policy)
+    return _with_packmates(session, snapshot, policy)
 
 
-def with_packmates(session: Session, snapshot: QueueSnapshot, policy: Policy) -> QueueSnapshot:
+def _with_packmates(session: Session, snapshot: QueueSnapshot, policy: Policy) -> QueueSnapshot:
     """Return the snapshot with packmates for the anchor that `decide` chooses from it.
 
     Each iteration reads the first jobs that fit into the memory that the chosen jobs leave, until it finds no new one.
@@ -97,8 +95,7 @@ def _first_jobs(session: Session, snapshot: QueueSnapshot, can_load: Collection[
     """The first jobs of each project and class that the worker can train alone, of any pack key.
 
     A live trainer needs as many as can be ahead of a joiner. A new trainer also needs the first jobs that fit into the
-    free memory: the others only determine the order. Both read more jobs than one decision uses, because other workers
-    claim some of them in the meantime.
+    free memory: the others only determine the order.
     """
     capacity, is_live = snapshot.capacity, snapshot.live_key is not None
     missing = tuple(name for name in get_args(Quantization) if name not in can_load)
@@ -109,13 +106,12 @@ def _first_jobs(session: Session, snapshot: QueueSnapshot, can_load: Collection[
             session, wanted, now=snapshot.now, per_group=per_group, num_bytes=num_bytes, group=capacity.group
         )
 
-    per_group = snapshot.per_group or 1
     if is_live:
-        return read(max(capacity.max_jobs + 1, per_group), snapshot.worker_bytes)
-    found = read(per_group, max(snapshot.worker_bytes, capacity.memory_bytes_free))
+        return read(capacity.max_jobs + 1, snapshot.worker_bytes)
+    found = read(1, max(snapshot.worker_bytes, capacity.memory_bytes_free))
     if all(capacity.alone(candidate) <= capacity.memory_bytes_free for candidate in found):
         return found
-    return [*found, *read(per_group, capacity.memory_bytes_free)]
+    return [*found, *read(1, capacity.memory_bytes_free)]
 
 
 def _jobs_of_key(
@@ -135,11 +131,14 @@ def _jobs_of_key(
     capacity = snapshot.capacity
     is_alone = snapshot.live_key is None and not is_packmate
     wanted = CandidateFilter(alike=True, alone=is_alone, recomputes=capacity.recomputes, holding=holding)
-    per_group = (
-        capacity.max_jobs + len(snapshot.taken) if is_packmate else max(capacity.max_jobs, snapshot.per_group or 1)
-    )
     return candidates.waiting(
-        session, wanted, now=snapshot.now, key=key, per_group=per_group, num_bytes=num_bytes, group=capacity.group
+        session,
+        wanted,
+        now=snapshot.now,
+        key=key,
+        per_group=capacity.max_jobs,
+        num_bytes=num_bytes,
+        group=capacity.group,
     )
 
 

@@ -4,26 +4,19 @@
 2. A new trainer takes the first job that fits, the anchor, and fills up with packmates of its pack key (packing.py).
 3. A live trainer admits jobs of its pack key while they delay no job that is ahead of them.
 4. If a job of another base model has waited too long, nothing joins: the trainer drains, and the job starts.
-
-Many workers may decide at once, from the same queue. With `fallback_order`, each of them gets another job without a
-new snapshot.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from catalog.scheduling import ordering
 from catalog.scheduling.ordering import QueueEntry, order
-from catalog.scheduling.packing import Choice, choose_anchor, choose_joiners, choose_pack, for_what_is_loaded
-from catalog.scheduling.snapshot import Candidate, Policy, QueueSnapshot, Share, WorkerService
+from catalog.scheduling.packing import Choice, choose_joiners, choose_pack
+from catalog.scheduling.snapshot import Policy, QueueSnapshot
 
 Json = dict[str, Any]
-MAX_FALLBACKS = 32
-"""The greatest length of `fallback_order`."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,8 +50,6 @@ class Decision:
 
     action: Action
     trace: Json
-    claim_order: tuple[str, ...] = ()
-    """Ids of the anchor and of its replacements, in order, for when other workers claim it first (fallbacks.py)."""
 
     def why(self, choice: Choice) -> Json:
         """The reasons for one chosen job, as stored with its attempt and shown by `…/why`."""
@@ -75,12 +66,6 @@ class Decision:
             "share": self.trace["shares"][entry.candidate.project_id],
             **{name: value for name, value in self.trace.items() if name != "shares"},
         }
-
-
-def anchor_of(snapshot: QueueSnapshot, policy: Policy) -> QueueEntry | None:
-    """The anchor that `decide` would choose for a new trainer. The caller loads its packmates before it decides."""
-    anchor = choose_anchor(ordered(snapshot, policy), snapshot.capacity, patience_seconds=policy.patience_seconds)
-    return None if anchor is None else anchor.entry
 
 
 def decide(snapshot: QueueSnapshot, policy: Policy) -> Decision:
@@ -105,13 +90,12 @@ def decide(snapshot: QueueSnapshot, policy: Policy) -> Decision:
             for project_id in {choice.entry.candidate.project_id for choice in action.choices}
         },
     }
-    after = fallback_order(snapshot, entries, action.choices[0].entry, policy) if action.choices else ()
-    return Decision(action=action, trace=trace, claim_order=after)
+    return Decision(action=action, trace=trace)
 
 
 def ordered(snapshot: QueueSnapshot, policy: Policy) -> list[QueueEntry]:
-    """Candidates that no worker has claimed, without duplicates, in the order of the queue."""
-    once = {job.job_id: job for job in snapshot.candidates if job.job_id not in snapshot.taken}
+    """The candidates without duplicates, in the order of the queue."""
+    once = {job.job_id: job for job in snapshot.candidates}
     return order(once.values(), snapshot.now, shares=snapshot.shares, served=snapshot.served, policy=policy)
 
 
@@ -138,49 +122,3 @@ def _action(snapshot: QueueSnapshot, policy: Policy, entries: list[QueueEntry]) 
 
 def _nothing(entries: list[QueueEntry]) -> Wait:
     return Wait(reason="no queued job fits" if entries else "no job is queued")
-
-
-def fallback_order(
-    snapshot: QueueSnapshot, entries: Sequence[QueueEntry], first: QueueEntry, policy: Policy
-) -> tuple[str, ...]:
-    """Ids of `first`, which was chosen first, of the job that would probably be chosen without it, and so on.
-
-    The list ends where a job that the snapshot lacks may come before the next one.
-    """
-    found: list[str] = []
-    read: Counter[tuple[str, int]] = Counter()
-    for job in _alternatives(snapshot, entries, first, policy):
-        found.append(job.job_id)
-        read[job.project_id, job.priority] += 1
-        if len(found) == MAX_FALLBACKS or read[job.project_id, job.priority] == snapshot.per_group:
-            break
-    return tuple(found)
-
-
-def snapshot_without(snapshot: QueueSnapshot, passed: Collection[str]) -> QueueSnapshot:
-    """The snapshot as if other workers, each like this one, had just claimed the jobs `passed`."""
-    shares = dict(snapshot.shares)
-    served: dict[tuple[str, int], float] = {}
-    for job in {job.job_id: job for job in snapshot.candidates if job.job_id in passed}.values():
-        share = shares.get(job.project_id, Share())
-        shares[job.project_id] = replace(
-            share, num_running=share.num_running + 1, devices_in_use=share.devices_in_use + 1.0
-        )
-        served[job.project_id, job.priority] = snapshot.now
-    recomputes, whole = snapshot.capacity.recomputes, max(snapshot.worker_bytes, snapshot.capacity.memory_bytes_free)
-    given = WorkerService(at=served, memory_bytes=whole, recomputes=recomputes, group=snapshot.capacity.group)
-    return replace(snapshot, shares=shares, served=(*snapshot.served, given), taken=passed)
-
-
-def _alternatives(
-    snapshot: QueueSnapshot, entries: Sequence[QueueEntry], first: QueueEntry, policy: Policy
-) -> Iterable[Candidate]:
-    """`first`, and the jobs after it that could be chosen first in its place."""
-    capacity, key = snapshot.capacity, snapshot.live_key
-    if key is not None:
-        after = (entry.candidate for entry in entries[first.position - 1 :])
-        fit = (job for job in after if capacity.cost(job, num_before=capacity.num_jobs) <= capacity.memory_bytes_free)
-        return (job for job in fit if job.pack_key == key and not job.is_suspect and capacity.may_join(job))
-    fitting = [entry for entry in entries if capacity.alone(entry.candidate) <= capacity.memory_bytes_free]
-    loaded = for_what_is_loaded(fitting, capacity, patience_seconds=policy.patience_seconds)
-    return (entry.candidate for entry in loaded or fitting)

@@ -228,7 +228,3 @@ class QueueSnapshot:
     """Memory of the worker once the trainer has exited."""
     has_suspect: bool = False
     """Whether a job in the live trainer must train alone."""
-    per_group: int | None = None
-    """Maximum number of candidates for each project and class: the first ones that fit. None: all."""
-    taken: Collection[str] = ()
-    """Ids of candidates that other workers have claimed since."""

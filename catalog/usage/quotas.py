@@ -338,11 +338,8 @@ def holds(session: Session, *, now: float, project_ids: Collection[str] | None =
 
 
 def startable(session: Session, jobs: Mapping[str, Job]) -> set[str]:
-    """Return the ids of the jobs that the quotas of their projects allow to start. jobs: by id, the best first.
-
-    Until this transaction ends, no other one starts jobs of a project with such a quota.
-    """
-    free = free_places(session, {job.project_id for job in jobs.values()}, is_claim=True)
+    """Return the ids of the jobs that the quotas of their projects allow to start. jobs: by id, the best first."""
+    free = free_places(session, {job.project_id for job in jobs.values()})
     startable_ids: set[str] = set()
     for job_id, job in jobs.items():
         free[job.project_id] = free.get(job.project_id, math.inf) - 1
@@ -350,18 +347,13 @@ def startable(session: Session, jobs: Mapping[str, Job]) -> set[str]:
     return startable_ids
 
 
-def free_places(session: Session, project_ids: Collection[str], *, is_claim: bool = False) -> dict[str, float]:
-    """Return how many more jobs each project with a quota of concurrent jobs may start.
-
-    is_claim: no other transaction starts jobs of these projects until this one ends.
-    """
+def free_places(session: Session, project_ids: Collection[str]) -> dict[str, float]:
+    """Return how many more jobs each project with a quota of concurrent jobs may start."""
     capped = select(Project.id, Project.max_concurrent_jobs).where(
         Project.id.in_(project_ids), Project.max_concurrent_jobs.is_not(None)
     )
     free: dict[str, float] = {}
     for row in session.execute(capped.order_by(Project.id)):
-        if is_claim:
-            serialize(session, f"begin {row.id}")
         free[row.id] = row.max_concurrent_jobs - _count(session, row.id, JobState.RUNNING)
     return free
 

@@ -26,9 +26,9 @@ from catalog.resources import throughput
 from catalog.resources.throughput import Speeds
 from catalog.scheduling import ordering, preemption
 from catalog.scheduling.ordering import order
-from catalog.scheduling.packing import Choice
+from catalog.scheduling.packing import Choice, choose_anchor
 from catalog.scheduling.preemption import Holder, Preemption, Training
-from catalog.scheduling.scheduler import Join, Start, anchor_of, decide
+from catalog.scheduling.scheduler import Join, Start, decide, ordered
 from catalog.scheduling.snapshot import USUAL, Capacity, Policy, QueueSnapshot, Share, WorkerService
 from catalog.states import PriorityClass
 from tools.simulation.queue import Arrival, SimulatedQueue, SimulatedRun
@@ -245,10 +245,12 @@ class Simulation:
             live_key=live,
             worker_bytes=PLENTY,
         )
-        lead = None if live else anchor_of(snapshot, self.cluster.policy)
+        policy = self.cluster.policy
+        entries = ordered(snapshot, policy)
+        lead = None if live else choose_anchor(entries, capacity, patience_seconds=policy.patience_seconds)
         if lead is None:
             return snapshot
-        alike = self._queue.firsts(0, lead.candidate.pack_key, places)
+        alike = self._queue.firsts(0, lead.entry.candidate.pack_key, places)
         return replace(snapshot, candidates=(*snapshot.candidates, *alike))
 
     def _shares(self) -> dict[str, Share]:

@@ -11,7 +11,7 @@ import pytest
 
 from catalog.db.database import Database
 from catalog.jobs import commands, explanation
-from catalog.queue import claiming, claims, listing
+from catalog.queue import claims, listing
 from catalog.scheduling.snapshot import PATIENCE_SECONDS, PROMOTE_AFTER_SECONDS, Capacity
 from catalog.states import EndReason
 from catalog.tables.jobs import Job
@@ -161,24 +161,6 @@ def test_fifty_concurrent_workers_each_get_a_different_job(world: World) -> None
 
     assert [len(mine) for mine in got] == [1] * 50
     assert len({job_id for mine in got for job_id in mine}) == 50
-
-
-def test_worker_that_loses_a_race_gets_the_next_job_at_once(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    world.flood(world.queued(), 20)
-    decide: Any = claiming._choose
-    taken: list[str] = []
-
-    def decide_too_slowly(*given: Any) -> Any:
-        decision = decide(*given)
-        monkeypatch.setattr(claiming, "_choose", decide)
-        taken.extend(claim.job.id for _ in range(10) for claim in world.claim("quicker", ONE))
-        return decision
-
-    monkeypatch.setattr(claiming, "_choose", decide_too_slowly)
-
-    (claim,) = world.claim("slower", ONE)
-
-    assert len({*taken, claim.job.id}) == 11
 
 
 def test_waiting_time_counts_from_the_last_queue_entry(world: World) -> None:

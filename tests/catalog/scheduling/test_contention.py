@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -10,78 +9,31 @@ from threading import Barrier
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from sqlalchemy.orm import Session
 
 from catalog.history import queries
 from catalog.queue import charging, claiming
-from catalog.scheduling.scheduler import MAX_FALLBACKS, decide, snapshot_without
-from catalog.scheduling.snapshot import USUAL, Candidate, Capacity, QueueSnapshot, Share
+from catalog.scheduling.scheduler import decide
+from catalog.scheduling.snapshot import USUAL, WorkerService
 from catalog.tables.jobs import Job
 from catalog.tenancy import projects
 from catalog.usage import quotas
 from tests.catalog.scheduling.test_fairness_over_days import candidate
-from tests.catalog.scheduling.test_scheduler import LIVE, WAITING, snapshot
+from tests.catalog.scheduling.test_scheduler import snapshot
 from tests.catalog.world import WIDE, World
 
 ONE = replace(WIDE, max_jobs=1)
-QUEUE = st.lists(WAITING, max_size=20, unique_by=lambda job: job.job_id)
-OF_ONE_CLASS = QUEUE.map(lambda queue: [replace(job, priority=1) for job in queue])
-HAD = st.fixed_dictionaries(
-    {
-        name: st.builds(Share, weight=st.sampled_from([1.0, 2.0, 3.0]), device_seconds=st.floats(0, 1e5))
-        for name in "abc"
-    }
-)
-
-
-def one_after_the_other(whole: QueueSnapshot) -> list[str]:
-    """Return the first choices, each decided without the ones before."""
-    found: list[str] = []
-    while claim_order := decide(snapshot_without(whole, found), USUAL).claim_order:
-        found.append(claim_order[0])
-    return found
-
-
-@given(OF_ONE_CLASS, HAD, st.sampled_from([None, LIVE]), st.sampled_from([59, 200]))
-def test_claim_order_predicts_consecutive_claims(
-    queue: list[Candidate], had: dict[str, Share], resident: str | None, now: int
-) -> None:
-    """At these times no job, or every job, has waited too long to be passed for a loaded base model."""
-    capacity = Capacity(max_jobs=1, memory_bytes_free=100, resident_key=resident)
-    whole = snapshot(*queue, shares=had, now=now, capacity=capacity)
-
-    expected = list(decide(whole, USUAL).claim_order)
-
-    assert expected == one_after_the_other(whole)[: len(expected)]
-    assert resident is not None or len(expected) == sum(capacity.alone(job) <= 100 for job in queue)
-
-
-@given(QUEUE, HAD, st.integers(1, 4))
-def test_claim_order_stops_where_an_unread_job_might_come_next(
-    queue: list[Candidate], had: dict[str, Share], per_group: int
-) -> None:
-    capacity = Capacity(max_jobs=1, memory_bytes_free=100)
-    fitting = [job for job in queue if capacity.alone(job) <= 100]
-    read: Counter[tuple[str, int]] = Counter()
-    part: list[Candidate] = []
-    for job in sorted(fitting, key=lambda each: (each.place, each.job_id)):
-        read[job.project_id, job.priority] += 1
-        part += [job] if read[job.project_id, job.priority] <= per_group else []
-    whole = snapshot(*fitting, shares=had, now=100, capacity=capacity)
-
-    expected = decide(replace(whole, candidates=tuple(part), per_group=per_group), USUAL).claim_order
-
-    assert expected == decide(whole, USUAL).claim_order[: len(expected)]
-    assert bool(expected) == bool(fitting)
 
 
 def test_class_is_not_promoted_again_after_a_claim() -> None:
     now = 3 * USUAL.priority_aging_seconds
-    old = [candidate(f"old{number}", number, priority=2) for number in range(2)]
-    whole = snapshot(*old, candidate("new0", now - 2), candidate("new1", now - 1), now=now)
+    queue = [candidate("old", 1, priority=2), candidate("new", now - 1)]
+    whole = snapshot(*queue, now=now, max_jobs=1)
+    served = WorkerService(at={(queue[0].project_id, 2): now}, memory_bytes=100)
 
-    assert one_after_the_other(whole)[:3] == ["old0", "new0", "new1"]
+    first, second = (decide(each, USUAL).action.choices[0] for each in (whole, replace(whole, served=(served,))))
+
+    assert [choice.entry.candidate.job_id for choice in (first, second)] == ["old", "new"]
 
 
 def flooded(world: World, number: int) -> None:
@@ -138,33 +90,26 @@ def test_decision_reads_one_state_of_the_database(world: World, monkeypatch: pyt
     assert len({job.project_id for job in claimed}) == 2
 
 
-def racing(world: World, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], Any]) -> list[int]:
-    """Run `meanwhile` after the next decision and before its claim. Returns a list with one item per decision."""
-    choose: Any = claiming._choose  # pyright: ignore[reportPrivateUsage]
-    decisions: list[int] = []
+def interrupt(world: World, monkeypatch: pytest.MonkeyPatch, meanwhile: Callable[[], Any]) -> None:
+    """Call `meanwhile` after the next decision without locks."""
+    decide: Any = claiming._decide  # pyright: ignore[reportPrivateUsage]
 
-    def choose_slowly(*given: Any) -> Any:
-        found = choose(*given)
-        decisions.append(len(decisions))
-        if len(decisions) == 1:
-            monkeypatch.setattr(claiming, "_choose", choose)
-            meanwhile()
-            monkeypatch.setattr(claiming, "_choose", choose_slowly)
+    def decide_first(*given: Any) -> Any:
+        monkeypatch.setattr(claiming, "_decide", decide)
+        found = decide(*given)
+        meanwhile()
         return found
 
-    monkeypatch.setattr(claiming, "_choose", choose_slowly)
-    return decisions
+    monkeypatch.setattr(claiming, "_decide", decide_first)
 
 
 @pytest.mark.parametrize("max_jobs", [1, 3])
-def test_claim_that_lost_a_race_falls_back_without_another_decision(
-    world: World, monkeypatch: pytest.MonkeyPatch, max_jobs: int
-) -> None:
+def test_claim_after_a_race_takes_the_next_jobs(world: World, monkeypatch: pytest.MonkeyPatch, max_jobs: int) -> None:
     flooded(world, 20)
     world.worker()
     capacity = replace(WIDE, max_jobs=max_jobs)
     taken: list[str] = []
-    decisions = racing(
+    interrupt(
         world,
         monkeypatch,
         lambda: taken.extend(c.job.id for n in range(5) for c in world.claim("quicker", ONE, trainer_id=f"t{n}")),
@@ -172,7 +117,6 @@ def test_claim_that_lost_a_race_falls_back_without_another_decision(
 
     mine = world.claim(capacity=capacity)
 
-    assert len(decisions) == 1
     assert len({*taken, *(claim.job.id for claim in mine)}) == 5 + max_jobs
     (attempt,) = queries.attempts(world.db, project_id=mine[0].job.project_id, job_id=mine[0].job.id)
     why = attempt.why
@@ -181,36 +125,42 @@ def test_claim_that_lost_a_race_falls_back_without_another_decision(
     assert why["normalized_usage"] == why["share"]["normalized_usage"]
 
 
+@pytest.mark.parametrize("max_jobs", [1, 3])
+def test_job_that_a_user_pauses_during_a_decision_is_not_claimed(
+    world: World, monkeypatch: pytest.MonkeyPatch, max_jobs: int
+) -> None:
+    """The decision under the lock has read the queue, and the user's transaction commits before the job is locked."""
+    first, second = world.queued(), world.queued()
+    world.worker()
+    claim: Any = claiming._claim  # pyright: ignore[reportPrivateUsage]
+
+    def pause_before(session: Session, *given: Any) -> Any:
+        monkeypatch.setattr(claiming, "_claim", claim)
+        session.get_one(Job, first.id).is_held = True
+        session.flush()
+        return claim(session, *given)
+
+    monkeypatch.setattr(claiming, "_claim", pause_before)
+
+    claims = world.claim(capacity=replace(WIDE, max_jobs=max_jobs))
+
+    assert [each.job.id for each in claims] == [second.id]
+
+
 def _stem(job_id: str) -> str:
     """Return the id prefix that a job and its copies share."""
     return "-".join(job_id.split("-")[:2])
 
 
-def test_joining_worker_that_lost_a_race_claims_the_remaining_jobs(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_joining_worker_after_a_race_claims_the_remaining_jobs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     world.worker()
     held = world.running().job
     world.flood(world.queued(), 9)
-    decisions = racing(
-        world, monkeypatch, lambda: [world.claim("quicker", ONE, trainer_id=f"t{number}") for number in range(4)]
-    )
+    interrupt(world, monkeypatch, lambda: [world.claim("quicker", ONE, trainer_id=f"t{number}") for number in range(4)])
 
     mine = world.claim(capacity=replace(WIDE, max_jobs=2), pack_key=held.pack_key)
 
-    assert (len(mine), len(decisions)) == (2, 1)
-
-
-def test_decision_is_repeated_when_all_fallbacks_are_taken(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    world.flood(world.queued(), MAX_FALLBACKS + 4)
-    decisions = racing(
-        world,
-        monkeypatch,
-        lambda: [world.claim("quicker", ONE, trainer_id=f"t{number}") for number in range(MAX_FALLBACKS + 1)],
-    )
-
-    assert len(world.claim(capacity=ONE)) == 1
-    assert len(decisions) == 2
+    assert len(mine) == 2
 
 
 def test_limit_reached_meanwhile_by_others_is_respected(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,12 +168,11 @@ def test_limit_reached_meanwhile_by_others_is_respected(world: World, monkeypatc
     quotas.limit(
         world.db, caller=replace(world.caller, is_operator=True), project="theirs", limits={"concurrent_jobs": 1}
     )
-    decisions = racing(world, monkeypatch, lambda: [world.claim("quicker", ONE, trainer_id=f"t{n}") for n in range(2)])
+    interrupt(world, monkeypatch, lambda: [world.claim("quicker", ONE, trainer_id=f"t{n}") for n in range(2)])
 
     (claim,) = world.claim(capacity=ONE)
 
     assert claim.job.project_id == world.caller.project_id
-    assert len(decisions) == 2
 
 
 def test_attempt_event_names_a_new_or_a_loaded_trainer(world: World) -> None:
