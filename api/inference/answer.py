@@ -18,7 +18,7 @@ CLIENT_ERRORS = frozenset(
      "base_has_no_chat_template", "unusable_chat_template"}
 )  # fmt: skip
 """Codes of a trainer's errors that the request causes."""
-WORKER_ERRORS = frozenset({"base_not_loaded", "disk_error", "out_of_memory", "out_of_space", INTERRUPTED})
+WORKER_ERRORS = frozenset({"disk_error", "out_of_memory", "out_of_space", INTERRUPTED})
 """Codes of errors of one worker. Another one may answer the same request."""
 Json = dict[str, Any]
 

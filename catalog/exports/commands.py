@@ -347,8 +347,8 @@ def _fail(session: Session, row: AdapterExport, error: ErrorText, _is_refused: b
     row.status, row.error, row.finished_at = "failed", error.report(), read_clock(session)
 
 
-def _postpone(_session: Session, row: AdapterExport, _error: ErrorText | None, _run_after: float | None) -> None:
-    row.status = "queued"
+def _postpone(_session: Session, row: AdapterExport, error: ErrorText | None, _run_after: float | None) -> None:
+    row.status, row.error = "queued", error and error.report()
 
 
 EXPORT = TaskSubject(table=AdapterExport, lost="export_lost", fail=_fail, postpone=_postpone)

@@ -67,8 +67,7 @@ def _scarcity(context: WorkerContext, waiting: WaitingExport) -> ScarceResources
     """Return what this worker lacks for the export, or None."""
     if waiting.needs_converter and context.settings.gguf_converter is None:
         return ScarceResources("converter_missing", worker_id=context.worker_id)
-    with full_disk_named():
-        context.scratch_dir().mkdir(parents=True, exist_ok=True)
+    context.scratch_dir().mkdir(parents=True, exist_ok=True)
     try:
         check_resources(
             waiting.needs,

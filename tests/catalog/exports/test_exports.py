@@ -192,7 +192,7 @@ def test_attempt_that_may_be_the_node_s_fault_is_repeated_a_few_times(world: Wor
     for number in range(1, MAX_ATTEMPTS[TaskKind.EXPORT]):
         outcomes.retry(world.db, claim(world).task, commands.EXPORT, FAULT)
         assert not is_any_waiting(world)
-        assert shown(world, row).status == "queued"
+        assert (shown(world, row).status, shown(world, row).error) == ("queued", FAULT.report())
         world.clock.advance(task_queue.retry_wait(number))
 
     outcomes.retry(world.db, claim(world).task, commands.EXPORT, FAULT)
